@@ -1,0 +1,1 @@
+"""Official plugins of CMR; they use only the public names of `cmr`."""
