@@ -1,0 +1,1 @@
+"""Compiled kernels on integer addresses; whoever imports one pays for numba."""
