@@ -10,7 +10,7 @@ class FileError(CMRError):
 
 
 class ModelError(CMRError):
-    """A model's architecture, sizes, tensor types or vocabulary are not supported or contradict each other."""
+    """A model's architecture, sizes, tensors or vocabulary are not supported or contradict each other."""
 
 
 class PluginError(CMRError):

@@ -34,7 +34,7 @@ class MappedFile:
         self.address: int = np.frombuffer(mapped, np.uint8, 1).__array_interface__["data"][0]
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
-        """Return a read-only uint8 [nbytes] that looks into the map at `offset`; raises FileError once closed."""
+        """Return a read-only uint8 [nbytes] view of the map at `offset`; raises FileError once closed."""
         if self.map is None:
             raise FileError(f"{self.path} was closed; open it again to read its tensors")
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
@@ -53,7 +53,7 @@ class Tensor:
 
     `type` is ggml's number, `shape` has the innermost (contiguous) dimension last, `offset` is the absolute
     byte in `source`. `nbytes` is 0 for types whose block size is not known. Files with unsupported types open
-    and can be listed; `data` and `address` raise FileError for them, so only who needs such weights is refused.
+    and can be listed; `data` and `address` raise FileError for them, so only use of such weights is refused.
     """
 
     name: str
@@ -87,9 +87,9 @@ class Tensor:
 class GGUFFile:
     """An open GGUF model: `metadata` and `tensors` of all its parts, in the order of the files.
 
-    `path` is the path that was opened, `version` that of its first part, `files` the mapped parts, `nbytes` the
-    bytes of all parts. Scalars in `metadata` are int, float, bool and str, numeric arrays are numpy arrays, string
-    arrays are lists of bytes. Where parts disagree about a key the first part is right.
+    `path` is the path that was opened, `version` that of its first part, `files` the mapped parts, `nbytes`
+    the bytes of all parts. Scalars in `metadata` are int, float, bool and str, numeric arrays numpy arrays,
+    string arrays lists of bytes. Where parts disagree about a key the first part is right.
     """
 
     def __init__(self, path: Path, parts: list[_Part]) -> None:
@@ -103,9 +103,7 @@ class GGUFFile:
             self.metadata = part.header.metadata | self.metadata
             for tensor in _tensors(part.file, part.header):
                 if tensor.name in self.tensors:
-                    raise FileError(
-                        f"{part.file.path} is corrupt: tensor {quote(tensor.name)} is there twice"
-                    )
+                    raise FileError(f"{part.file.path} is corrupt: it has tensor {quote(tensor.name)} twice")
                 self.tensors[tensor.name] = tensor
 
     def close(self) -> None:
@@ -181,27 +179,32 @@ def _split_count(header: Header) -> int:
 
 
 def _part_paths(path: Path, header: Header) -> list[Path]:
-    """Return the paths of all parts in order; raises FileError for a name that is no part's and for missing parts."""
+    """Return the paths of all parts in order; raises FileError for a wrong name and for missing parts."""
     count = _split_count(header)
     if count == 1:
         return [path]
     name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count or not 1 <= int(name[2]) <= count:
         raise FileError(
-            f"{path} is one of {count} parts, which must be named NAME-00001-of-{count:05d}.gguf and so on"
+            f"{path} is one of {count} parts, which need names like NAME-00001-of-{count:05d}.gguf"
         )
     paths = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in paths if not part.exists()]
+    missing = [part.name for part in paths if not os.path.exists(part)]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise FileError(f"{path} is one of {count} parts; missing beside it: {shown}")
     return paths
 
 
+def _is(value: object, number: int) -> bool:
+    # What a hostile file says may be an array, whose comparison has no truth value.
+    return type(value) is int and value == number
+
+
 def _check_part(part: _Part, number: int, given: Header) -> None:
     count, expected = _split_count(part.header), _split_count(given)
     said = part.header.metadata.get("split.no", number)
-    if count != expected or (count > 1 and said != number):
+    if count != expected or (count > 1 and not _is(said, number)):
         raise FileError(
             f"{part.file.path} does not belong here: counted from 0 it is part {quote(said)} of {count}, "
             f"but part {number} of {expected} was expected"
@@ -210,7 +213,7 @@ def _check_part(part: _Part, number: int, given: Header) -> None:
 
 def _check_tensor_count(file: GGUFFile) -> None:
     expected = file.metadata.get("split.tensors.count", len(file.tensors))
-    if len(file.files) > 1 and expected != len(file.tensors):
+    if len(file.files) > 1 and not _is(expected, len(file.tensors)):
         raise FileError(
             f"the parts of {file.path} have {len(file.tensors)} tensors together, but say {quote(expected)}; "
             "parts of different models are mixed"
@@ -238,7 +241,7 @@ def _tensor(file: MappedFile, header: Header, info: TensorInfo) -> Tensor:
     format = FORMATS.get(info.type) or UNSUPPORTED.get(info.type)
     if format and info.dims[0] % format.elements:
         raise FileError(
-            f"{who} has rows of {info.dims[0]} elements, but {format.name} needs multiples of {format.elements}"
+            f"{who} has rows of {info.dims[0]} elements; {format.name} needs multiples of {format.elements}"
         )
     if info.offset % header.alignment:
         raise FileError(f"{who} starts at {info.offset}, which is not aligned to {header.alignment} bytes")

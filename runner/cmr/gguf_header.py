@@ -17,7 +17,7 @@ DEFAULT_ALIGNMENT = 32
 # that a hostile file costs seconds and megabytes, not hours and gigabytes.
 MAX_HEADER_BYTES = 128 << 20
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 17
+MAX_TENSORS = 1 << 16
 MAX_STRINGS = 1 << 22
 MAX_NAME_BYTES = 65535
 MAX_DIMS = 4
@@ -35,13 +35,15 @@ Bytes = bytes | mmap.mmap
 
 
 def quote(value: object) -> str:
-    """Return `value` as a message shows what a file says: escaped and of bounded length."""
-    text = repr(value)
+    """Return what a file says as a message shows it: escaped, and of bounded length whatever the file says."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)} items"
+    text = repr(value[:80] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class TensorInfo(NamedTuple):
-    """One row of the tensor index: `dims` innermost first, as in the file; `offset` from the start of the data."""
+    """One row of the tensor index: `dims` innermost first, as in the file; `offset` from the data's start."""
 
     name: str
     type: int
@@ -62,9 +64,9 @@ class Header(NamedTuple):
 def read_header(buffer: Bytes, size: int, source: str) -> Header:
     """Decode the header of a GGUF file of version 2 or 3.
 
-    `buffer` holds the `size` bytes of the file called `source` in messages. Scalars become int, float, bool and
-    str, numeric arrays become numpy arrays, string arrays become lists of bytes (tokens need not be UTF-8).
-    Raises FileError for anything the format description does not allow, for nested arrays, and for sizes beyond
+    `buffer` holds the `size` bytes of the file called `source` in messages. Scalars become int, float, bool
+    and str, numeric arrays numpy arrays, and string arrays lists of bytes, since tokens need not be UTF-8.
+    Raises FileError for what the format description does not allow, for nested arrays, and for sizes beyond
     the limits of this module. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     _check_magic(buffer[:24], source)
@@ -90,7 +92,7 @@ def _check_magic(start: bytes, source: str) -> None:
         return
     if start[:4] == MAGIC[::-1]:
         raise FileError(f"{source} is a big-endian GGUF file; only little-endian ones are supported")
-    if start.startswith(b"version https://git-lfs"[: len(start)]) and len(start) > 8:
+    if start.startswith(b"version https://git-lfs"):
         raise FileError(f"{source} is a Git LFS pointer, not the model itself; fetch it with `git lfs pull`")
     raise FileError(f"{source} is not a GGUF file: it begins with {start[:4]!r}")
 
@@ -123,11 +125,11 @@ def _alignment(metadata: dict[str, Any], cursor: _Cursor) -> int:
 
 
 class _Cursor:
-    """A position in a header; reads are checked against the bytes that remain before anything is allocated."""
+    """A position in a header; reads are checked against the bytes that remain before they allocate."""
 
     def __init__(self, buffer: Bytes, size: int, source: str) -> None:
         self.buffer, self.source, self.at = buffer, source, len(MAGIC)
-        self.truncated = size <= MAX_HEADER_BYTES
+        self.whole = size <= MAX_HEADER_BYTES
         self.end = min(size, MAX_HEADER_BYTES)
         self.strings_left = MAX_STRINGS
 
@@ -139,7 +141,7 @@ class _Cursor:
         """Fail unless `count` more bytes are there."""
         if count <= self.end - self.at:
             return
-        if self.truncated:
+        if self.whole:
             self.fail(f"is truncated or corrupt: {what} would go past the end of the file at byte {self.end}")
         self.fail(f"is corrupt: {what} would go past {self.end >> 20} MiB, the longest header allowed")
 
@@ -194,9 +196,7 @@ class _Cursor:
         if code == _STRING:
             return self.strings(count, key)
         if code == _ARRAY:
-            self.fail(
-                f"has an array of arrays in {quote(key)}, which is not supported; no known model needs one"
-            )
+            self.fail(f"has an array of arrays in {quote(key)}; only arrays of plain values are supported")
         dtype = _DTYPES[0] if code == _BOOL else _DTYPES.get(code)
         if dtype is None:
             self.fail(f"is corrupt: the array {quote(key)} has the unknown item type {code}")

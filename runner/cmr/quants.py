@@ -90,7 +90,7 @@ def supported_names() -> str:
 
 
 def row_bytes(type: int, n: int) -> int:
-    """Return the bytes of a row of `n` elements; raises FileError when that is not a whole number of blocks."""
+    """Return the bytes of a row of `n` elements; raises FileError when those do not fill whole blocks."""
     format = format_of(type)
     if n < 0 or n % format.elements:
         raise FileError(f"a row of {n} elements is not made of {format.name} blocks of {format.elements}")
