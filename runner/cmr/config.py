@@ -1,0 +1,214 @@
+"""What a model is: sizes and features from metadata and tensor names, completed by its architecture's row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cmr.architectures import Quirks, quirks_of
+from cmr.errors import ModelError
+from cmr.gguf_file import GGUFFile, Tensor
+from cmr.metadata import Metadata
+from cmr.rope import Rope, read_rope, with_factors
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """A dense decoder. Tuples have one entry for each layer; scales multiply, and caps of 0 do nothing.
+
+    `window` counts the latest positions that a layer sees, itself included (0: all). `rope` is None where a
+    layer does not rotate. `norms` are the norms that every block must have. With `parallel_residual`
+    attention and feed-forward read the same input. `attn_temperature` is (scale, floor): queries at position
+    p are multiplied by 1 + scale * log(1 + floor(p / floor)).
+    """
+
+    arch: str
+    name: str
+    n_layers: int
+    n_embd: int
+    n_heads: tuple[int, ...]
+    n_kv_heads: tuple[int, ...]
+    head_dim: int
+    head_dim_v: int
+    n_ff: tuple[int, ...]
+    n_vocab: int
+    n_ctx_train: int
+    n_ctx: int
+    norm_eps: float
+    norm_kind: str
+    activation: str
+    embed_scale: float
+    residual_scale: float
+    attention_scale: float
+    logit_scale: float
+    attn_softcap: float
+    logit_softcap: float
+    window: tuple[int, ...]
+    rope: tuple[Rope | None, ...]
+    norms: tuple[str, ...]
+    parallel_residual: bool
+    attn_temperature: tuple[float, int] | None
+
+    def kv_shape(self, layer: int) -> tuple[int, int, int]:
+        """Return (kv_heads, dim of keys, dim of values) of a layer's cache."""
+        return self.n_kv_heads[layer], self.head_dim, self.head_dim_v
+
+
+def read_config(
+    file: GGUFFile, context: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Read the Config of an open file.
+
+    `context` is the most tokens that will be used (default: what the model was trained for); it decides
+    between long and short rotation factors. `overrides` replace metadata by their full keys. Raises
+    ModelError for what is missing, contradictory or not supported.
+    """
+    keys = Metadata(file.metadata, overrides, str(file.path))
+    quirks = quirks_of(keys.arch)
+    _refuse_experts(keys)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(
+            f"{keys.source} has no token_embd.weight with two dimensions; it holds no language model"
+        )
+    n_layers = keys.integer("block_count", high=len(file.tensors))
+    n_ctx_train = keys.integer("context_length", high=1 << 40)
+    n_ctx = n_ctx_train if context is None else context
+    sizes = _sizes(keys, n_layers)
+    windows = _windows(keys, quirks, n_layers)
+    config = Config(
+        arch=keys.arch,
+        name=str(keys.values.get("general.name", "")) or keys.arch,
+        n_layers=n_layers,
+        n_vocab=embedding.shape[0],
+        n_ctx_train=n_ctx_train,
+        n_ctx=n_ctx,
+        **sizes,
+        **_norms(keys, quirks),
+        **_scales(keys, quirks, n_layers, sizes),
+        activation=quirks.activation,
+        window=windows,
+        rope=_ropes(keys, quirks, file.tensors, windows, sizes["head_dim"], n_ctx_train, n_ctx),
+        norms=quirks.norms,
+        parallel_residual="ffn_norm" not in quirks.norms and _norms_once(file.tensors),
+        attn_temperature=_temperature(keys, n_ctx_train),
+    )
+    keys.refuse_unread_overrides()
+    return config
+
+
+def _refuse_experts(keys: Metadata) -> None:
+    if keys.integer("expert_count", 0, low=0):
+        raise ModelError(
+            f"{keys.source} is a mixture of experts, which is not supported; a dense model is needed"
+        )
+
+
+def _sizes(keys: Metadata, n_layers: int) -> dict[str, Any]:
+    n_embd = keys.integer("embedding_length")
+    n_heads = keys.per_layer("attention.head_count", n_layers)
+    n_kv_heads = keys.per_layer("attention.head_count_kv", n_layers, default=n_heads)
+    for heads, kv_heads in zip(n_heads, n_kv_heads, strict=True):
+        if heads % kv_heads:
+            raise keys.fail("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
+    head_dim = keys.integer("attention.key_length", max(1, n_embd // n_heads[0]), high=1 << 16)
+    return {
+        "n_embd": n_embd,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "head_dim_v": keys.integer("attention.value_length", max(1, n_embd // n_heads[0]), high=1 << 16),
+        "n_ff": keys.per_layer("feed_forward_length", n_layers),
+    }
+
+
+def _norms(keys: Metadata, quirks: Quirks) -> dict[str, Any]:
+    rms = quirks.norm_kind == "rms"
+    key = "attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"
+    return {"norm_kind": quirks.norm_kind, "norm_eps": keys.number(key)}
+
+
+def _scales(keys: Metadata, quirks: Quirks, n_layers: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    n_embd, head_dim = sizes["n_embd"], sizes["head_dim"]
+    width = n_embd // sizes["n_heads"][0] if n_layers == quirks.wide_scale_layers else head_dim
+    logit_scale = keys.number("logit_scale", 0.0) or 1.0
+    return {
+        "embed_scale": keys.number("embedding_scale", 0.0)
+        or (math.sqrt(n_embd) if quirks.embed_by_width else 1.0),
+        "residual_scale": keys.number("residual_scale", 0.0) or 1.0,
+        "attention_scale": keys.number("attention.scale", 0.0) or 1 / math.sqrt(width),
+        "logit_scale": 1 / logit_scale if quirks.logits_divided else logit_scale,
+        "attn_softcap": keys.number("attn_logit_softcapping", quirks.attn_softcap),
+        "logit_softcap": keys.number("final_logit_softcapping", quirks.logit_softcap),
+    }
+
+
+def _windows(keys: Metadata, quirks: Quirks, n_layers: int) -> tuple[int, ...]:
+    """The window of each layer: a period, or the file's truth value for each layer, says which have one."""
+    size = keys.integer("attention.sliding_window", quirks.window, low=0, high=1 << 40)
+    pattern = keys.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        if len(pattern) != n_layers:
+            raise keys.fail(
+                "attention.sliding_window_pattern", f"has {len(pattern)} entries for {n_layers} layers"
+            )
+        return tuple(size if windowed else 0 for windowed in pattern.tolist())
+    period = quirks.window_period
+    if pattern is not None:
+        period = keys.integer("attention.sliding_window_pattern", low=0)
+    if period is None:
+        return (0,) * n_layers
+    return tuple(size if not period or (layer + 1) % period else 0 for layer in range(n_layers))
+
+
+def _ropes(
+    keys: Metadata,
+    quirks: Quirks,
+    tensors: Mapping[str, Tensor],
+    windows: tuple[int, ...],
+    head_dim: int,
+    n_ctx_train: int,
+    n_ctx: int,
+) -> tuple[Rope | None, ...]:
+    """The rotation of each layer; layers that rotate alike share one record."""
+    wide = read_rope(keys, head_dim, quirks.pairing, n_ctx_train)
+    window_base = keys.number("rope.freq_base_swa", 0.0) or quirks.window_rope_base
+    rotates = keys.flag("rope.scaling.finetuned", True) or not quirks.rope_switch
+    if wide is None or not rotates:
+        return (None,) * len(windows)
+    name = _factor_tensor(tensors, n_ctx > wide.n_ctx_orig)
+    if name is not None:
+        wide = with_factors(wide, _floats(tensors[name]), name)
+    narrow = wide.plain() if quirks.window_rope_plain else wide
+    if window_base:
+        narrow = replace(narrow, base=window_base)
+    period = quirks.rope_period
+    every = enumerate(windows)
+    return tuple(None if period and (i + 1) % period == 0 else narrow if size else wide for i, size in every)
+
+
+def _factor_tensor(tensors: Mapping[str, Tensor], long: bool) -> str | None:
+    """The name of the tensor of rotation factors for `long` or short contexts, if there is one."""
+    names = ("rope_freqs.weight", f"rope_factors_{'long' if long else 'short'}.weight")
+    return next((name for name in names if name in tensors), None)
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    if tensor.type_name != "F32":
+        raise ModelError(f"{tensor.name} has the type {tensor.type_name}; rotation factors must be F32")
+    return tensor.data.view(np.float32).reshape(tensor.shape)
+
+
+def _norms_once(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether blocks norm only before attention: the feed-forward part then reads the same input."""
+    return "blk.0.attn_norm.weight" in tensors and "blk.0.ffn_norm.weight" not in tensors
+
+
+def _temperature(keys: Metadata, n_ctx_train: int) -> tuple[float, int] | None:
+    scale = keys.number("attention.temperature_scale", 0.0)
+    floor = keys.integer("rope.scaling.original_context_length", n_ctx_train, high=1 << 40)
+    return (scale, floor) if scale else None

@@ -1,0 +1,254 @@
+"""A model opened from a GGUF file, and its forward pass, written once over the op table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cmr.arena import Arena
+from cmr.config import Config, read_config
+from cmr.errors import RequestError
+from cmr.gguf_file import GGUFFile, open_gguf
+from cmr.kvcache import AttnRule, LayerCache
+from cmr.ops import open_ops
+from cmr.ops.records import RopeTable
+from cmr.ops.table import Ops
+from cmr.rope import Rope
+from cmr.sequence import Part, Request, Step
+from cmr.sequence import Sequence as TokenSequence
+from cmr.weights import Layer, Weights
+
+MAX_ROWS = 512
+# Rotation tables start so long and grow with the positions used.
+ROPE_POSITIONS = 1024
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    prompt_threads: int | None = None,
+    device: str = "cpu",
+    context: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Model:
+    """Open a GGUF model; weights stay mapped and are read when they are used.
+
+    `threads` serve generated tokens, `prompt_threads` prompts (None: what suits the machine). `context` is
+    the most tokens a sequence may have (None: what the model was trained for). `overrides` replace metadata
+    by full keys. Raises FileError for a bad file, ModelError for a model that is not supported.
+    """
+    file = open_gguf(path)
+    try:
+        config = read_config(file, context, overrides)
+        return Model(file, config, open_ops(device, threads, prompt_threads), overrides)
+    except BaseException:
+        file.close()
+        raise
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    """The parts of a plan that the forward pass reads, without any plugin."""
+
+    weights: Any
+    layers: Sequence[int]
+    attend: Sequence[Callable[..., None]]
+    on_attention: Sequence[Callable[..., None]] = ()
+    on_layer: Sequence[Callable[..., Any]] = ()
+
+
+class Model:
+    """An open model: `config` says what it is, `weights` serve its layers, `ops` compute.
+
+    `metadata` is the file's with the overrides, `chat_template` the file's Jinja template or None.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: Config,
+        ops: Ops,
+        overrides: Mapping[str, Any] | None = None,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
+        self.file, self.config, self.ops, self.path = file, config, ops, file.path
+        self.metadata = {**file.metadata, **(overrides or {})}
+        self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
+        self.weights = Weights(ops, config, file.tensors)
+        self._arena: Arena | None = None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that the file carries."""
+        template = self.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The file's tokenizer, made when first asked for."""
+        from cmr.tokenizer import tokenizer_from
+
+        return tokenizer_from(self.metadata)
+
+    @cached_property
+    def ropes(self) -> list[tuple[RopeTable, str] | None]:
+        """The rotation table and pairing of each layer, None where it does not rotate."""
+        tables: dict[int, tuple[RopeTable, str]] = {}
+
+        def table_of(rope: Rope) -> tuple[RopeTable, str]:
+            if id(rope) not in tables:
+                made = self.ops.rope_table(rope.inv_freq(), ROPE_POSITIONS, rope.magnitude)
+                tables[id(rope)] = made, rope.pairing
+            return tables[id(rope)]
+
+        return [None if rope is None else table_of(rope) for rope in self.config.rope]
+
+    def rule(self, layer: int) -> AttnRule:
+        """Return the model's own attention rule for a layer."""
+        config = self.config
+        return AttnRule(config.window[layer], 0, config.attn_softcap, config.attention_scale)
+
+    def forward(self, plan: Any, step: Any) -> list[np.ndarray]:
+        """Run a step through the layers of a plan, writing its caches.
+
+        Returns for each part the logits of its last `part.want` rows, float32 [want, n_vocab], valid until
+        the next call. Raises RequestError for a token outside the vocabulary.
+        """
+        n = len(step.tokens)
+        self._check(step.tokens)
+        arena = self._rows(n)
+        self.ops.embed(self.weights.token_embd, step.tokens, arena.hidden, self.config.embed_scale)
+        for index in plan.layers:
+            layer = plan.weights.acquire(index)
+            try:
+                self._block(plan, step, layer, arena)
+            finally:
+                plan.weights.release(index)
+            if plan.on_layer:
+                hidden = arena.hidden.array[:n]
+                answers = [hook(step, index, hidden) for hook in plan.on_layer]
+                if any(answers):
+                    break
+        return self._logits(step, arena)
+
+    def logits(
+        self, tokens: Sequence[int] | np.ndarray, kv_dtype: Any = np.float32, chunk: int = 128
+    ) -> np.ndarray:
+        """Return the logits after each token, float32 [n, n_vocab]: all prompt role, no plugins, new caches.
+
+        Keys and values are kept as `kv_dtype`. `chunk` tokens are fed at a time; results do not depend on it.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        every = range(self.n_layers)
+        plan = PlainPlan(self.weights, every, [_by_rule(self.rule(i)) for i in every])
+        caches = [LayerCache(self.ops, *self.config.kv_shape(i), dtype=kv_dtype) for i in every]
+        seq = TokenSequence(Request(tokens=ids.tolist()), ids.tolist(), caches)
+        out = np.empty((len(ids), self.n_vocab), np.float32)
+        pos = np.arange(len(ids), dtype=np.int32)
+        for start in range(0, len(ids), chunk):
+            rows = slice(start, min(start + chunk, len(ids)))
+            part = Part(seq, ids[rows], pos[rows], [], prompt=True, want=rows.stop - start)
+            (out[rows],) = self.forward(plan, Step([part]))
+        return out
+
+    def close(self) -> None:
+        """Stop the op table's threads and unmap the file; the model must not be used afterwards."""
+        self._arena = None
+        self.ops.close()
+        self.file.close()
+
+    def _check(self, tokens: np.ndarray) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.n_vocab:
+            bad = low if low < 0 else high
+            raise RequestError(f"token {bad} is not in the vocabulary, which has ids 0 to {self.n_vocab - 1}")
+
+    def _rows(self, n: int) -> Arena:
+        """The activation buffers, with room for n rows."""
+        if self._arena is None or self._arena.rows < n:
+            self._arena = Arena(self.ops, self.config, max(n, self.max_rows))
+        return self._arena
+
+    def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
+        """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
+        n, n_prompt = len(step.tokens), step.n_prompt
+        self._attention(plan, step, layer, arena)
+        feed = (arena.hidden, n, n_prompt, layer.ffn_gate, layer.ffn_up, self.config.activation, arena.inner)
+        if self.config.parallel_residual:
+            self.ops.glu(*feed, norm=layer.ffn_norm)
+        self._add(arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm, arena)
+        if not self.config.parallel_residual:
+            self.ops.glu(*feed, norm=layer.ffn_norm)
+        self._add(arena.inner, n, n_prompt, layer.ffn_down, layer.post_ffw_norm, arena)
+
+    def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:
+        """hidden += residual_scale * parts @ x, normalized before it is added where there is a norm."""
+        scale = self.config.residual_scale
+        if norm is None:
+            self.ops.project(x, n, n_prompt, parts, arena.hidden, add=True, scale=scale)
+        else:
+            self.ops.project(x, n, n_prompt, parts, arena.spare)
+            self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
+
+    def _attention(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
+        """mixed = attention over each part's cache, which takes the new keys and values first."""
+        index = layer.index
+        self._queries_and_keys(step, layer, arena)
+        attend = plan.attend[index]
+        for part, rows in zip(step.parts, step.spans):
+            q, k, v, out = arena.heads(index, rows)
+            cache = part.seq.caches[index]
+            cache.append(k, v, part.pos)
+            attend(q, cache, part.pos, out, part.prompt)
+            for hook in plan.on_attention:
+                hook(part.seq, index, q, cache)
+
+    def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena) -> None:
+        """qkv = rotated queries, rotated keys and values of every row."""
+        config, ops, x = self.config, self.ops, arena.qkv
+        n, index, dim = len(step.tokens), layer.index, self.config.head_dim
+        heads, kv_heads = config.n_heads[index], config.n_kv_heads[index]
+        ops.project(arena.hidden, n, step.n_prompt, layer.attn_qkv, x, norm=layer.attn_norm)
+        if layer.attn_q_norm is not None:
+            apart = layer.q_norm_heads
+            ops.head_norm(x, n, 0, apart, heads * dim // apart, layer.attn_q_norm)
+        if layer.attn_k_norm is not None:
+            apart = layer.k_norm_heads
+            ops.head_norm(x, n, heads * dim, apart, kv_heads * dim // apart, layer.attn_k_norm)
+        rotation = self.ropes[index]
+        if rotation is not None:
+            ops.rope(x, n, step.pos, 0, heads + kv_heads, dim, *rotation)
+        if config.attn_temperature is not None:
+            scale, floor = config.attn_temperature
+            warmth = 1 + scale * np.log1p(step.pos // floor)
+            x.array[:n, : heads * dim] *= warmth.astype(np.float32)[:, None]
+
+    def _logits(self, step: Any, arena: Arena) -> list[np.ndarray]:
+        """The logits of the rows that parts want, computed together."""
+        total = sum(part.want for part in step.parts)
+        arena.want(total)
+        count = n_prompt = 0
+        stops = []
+        for part, rows in zip(step.parts, step.spans):
+            start, count = count, count + part.want
+            arena.last.array[start:count] = arena.hidden.array[rows.stop - part.want : rows.stop]
+            n_prompt += part.want if part.prompt else 0
+            stops.append(count)
+        if total:
+            self.ops.project(
+                arena.last, total, n_prompt, self.weights.output, arena.logits, norm=self.weights.output_norm
+            )
+            self.ops.finish_logits(arena.logits, total, self.config.logit_scale, self.config.logit_softcap)
+        return [arena.logits.array[stop - part.want : stop] for part, stop in zip(step.parts, stops)]
+
+
+def _by_rule(rule: AttnRule) -> Callable[..., None]:
+    def attend(q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
+        cache.attend(q, q_pos, rule, out, prompt)
+
+    return attend

@@ -1,0 +1,288 @@
+"""The op table in numpy alone: slow, for machines without native code, and a cross-check for the others."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cmr.gguf_file import Tensor
+from cmr.ops.blocks import dequantize
+from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
+from cmr.quants import row_bytes
+
+# Decoded weights are kept up to here; what comes later is decoded again in every call.
+CACHE_BYTES = 1 << 30
+# Fixed, so that an output is summed in the same order whether its matrix is kept or not.
+BLOCK_ROWS = 2048
+
+Part = tuple[Matrix, np.ndarray | None]
+
+
+class PortableOps:
+    """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
+
+    name = "portable"
+
+    def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
+        # numpy's BLAS chooses its threads itself; the figures only say so.
+        self.threads = self.prompt_threads = 1
+        self.cached = 0
+        self.lock = threading.Lock()
+
+    # -- records --------------------------------------------------------------
+
+    def matrix(
+        self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
+    ) -> Matrix:
+        start, stop = rows or (0, tensor.shape[0])
+        stride = row_bytes(tensor.type, tensor.shape[1])
+        base = tensor.address if address is None else address
+        resident = address is None
+        return Matrix(
+            tensor.type, stop - start, tensor.shape[1], stride, base + start * stride, tensor, resident
+        )
+
+    def vector(self, tensor: Tensor) -> np.ndarray:
+        return dequantize(tensor.data[None], tensor.type).reshape(-1).copy()
+
+    def norm_of(self, weight: np.ndarray, bias: np.ndarray | None, eps: float, kind: str) -> Norm:
+        return Norm(weight, bias, eps, kind)
+
+    def buffer(self, rows: int, cols: int) -> Buffer:
+        return make_buffer(rows, cols)
+
+    def rope_table(self, inv_freq: np.ndarray, max_pos: int, scale: float = 1.0) -> RopeTable:
+        return RopeTable(inv_freq, max_pos, scale)
+
+    # -- products -------------------------------------------------------------
+
+    def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
+        rows = _raw(matrix)[np.asarray(tokens)]
+        np.multiply(dequantize(rows, matrix.type), np.float32(scale), out=out.array[: len(tokens)])
+
+    def project(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        parts: list[Part],
+        out: Buffer,
+        norm: Norm | None = None,
+        add: bool = False,
+        scale: float = 1.0,
+        column: int = 0,
+        x_column: int = 0,
+    ) -> None:
+        cols = parts[0][0].cols
+        inputs = [_normed(x.array[row, x_column : x_column + cols], norm) for row in range(n)]
+        for part in parts:
+            for row, y in enumerate(self._products(part, inputs)):
+                target = out.array[row, column : column + len(y)]
+                y *= np.float32(scale)
+                np.copyto(target, target + y if add else y)
+            column += part[0].rows
+
+    def glu(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        gate: Part,
+        up: Part,
+        act: str,
+        out: Buffer,
+        norm: Norm | None = None,
+    ) -> None:
+        inputs = [_normed(x.array[row, : gate[0].cols], norm) for row in range(n)]
+        pairs = zip(self._products(gate, inputs), self._products(up, inputs), strict=True)
+        for row, (gated, plain) in enumerate(pairs):
+            out.array[row, : len(plain)] = _ACTIVATIONS[act](gated.astype(np.float64)) * plain
+
+    def _products(self, part: Part, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """W @ x + b for each input: float32 [rows] each."""
+        matrix, bias = part
+        outputs = [np.empty(matrix.rows, np.float32) for _ in inputs]
+        for start in range(0, matrix.rows, BLOCK_ROWS):
+            weights = self._weights(matrix, start, min(start + BLOCK_ROWS, matrix.rows))
+            for x, y in zip(inputs, outputs, strict=True):
+                y[start : start + len(weights)] = weights @ x
+        if bias is not None:
+            for y in outputs:
+                y += bias
+        return outputs
+
+    def _weights(self, matrix: Matrix, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop as float32 [stop - start, cols], decoded now or kept from an earlier call."""
+        if not matrix.resident:
+            return dequantize(_raw(matrix)[start:stop], matrix.type)
+        with self.lock:
+            if matrix.cache is None:
+                matrix.cache = {}
+        kept = matrix.cache.get(start)
+        if kept is None:
+            kept = dequantize(_raw(matrix)[start:stop], matrix.type)
+            with self.lock:
+                if self.cached + kept.nbytes <= CACHE_BYTES:
+                    self.cached += kept.nbytes
+                    matrix.cache[start] = kept
+        return kept
+
+    # -- rows -----------------------------------------------------------------
+
+    def norm(self, x: Buffer, n: int, norm: Norm, out: Buffer) -> None:
+        for row in range(n):
+            out.array[row] = _normed(x.array[row], norm)
+
+    def head_norm(self, x: Buffer, n: int, column: int, heads: int, dim: int, norm: Norm) -> None:
+        for row in range(n):
+            view = x.array[row, column : column + heads * dim].reshape(heads, dim)
+            view[:] = _normed(view, norm)
+
+    def add_norm(self, x: Buffer, n: int, norm: Norm, out: Buffer, scale: float = 1.0) -> None:
+        for row in range(n):
+            out.array[row] += np.float32(scale) * _normed(x.array[row], norm)
+
+    def rope(
+        self,
+        x: Buffer,
+        n: int,
+        pos: np.ndarray,
+        column: int,
+        heads: int,
+        dim: int,
+        table: RopeTable,
+        pairing: str,
+    ) -> None:
+        if not n:
+            return
+        table.reach(int(pos.max()) + 1)
+        cos, sin = table.cos[pos][:, None], table.sin[pos][:, None]
+        view = x.array[:n, column : column + heads * dim].reshape(n, heads, dim)
+        rot = table.rot
+        halves = (slice(0, rot // 2), slice(rot // 2, rot))
+        first, second = halves if pairing == "neox" else (slice(0, rot, 2), slice(1, rot, 2))
+        a, b = view[..., first].copy(), view[..., second].copy()
+        view[..., first] = a * cos - b * sin
+        view[..., second] = a * sin + b * cos
+
+    def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:
+        out.array[:n] += np.float32(scale) * x.array[:n]
+
+    def finish_logits(self, x: Buffer, n: int, scale: float, cap: float) -> None:
+        for row in x.array[:n]:
+            row *= np.float32(scale)
+            if cap > 0:
+                row[:] = cap * np.tanh(row.astype(np.float64) / cap)
+
+    # -- attention ------------------------------------------------------------
+
+    def kv_store(
+        self,
+        k: np.ndarray,
+        v: np.ndarray,
+        pos_arr: np.ndarray,
+        used: int | np.ndarray,
+        k_new: np.ndarray,
+        v_new: np.ndarray,
+        pos: np.ndarray,
+    ) -> None:
+        with np.errstate(over="ignore", under="ignore"):  # what a half cannot hold becomes infinite or zero
+            for head in range(len(k)):
+                start = int(used) if np.ndim(used) == 0 else int(np.asarray(used)[head])
+                slots = slice(start, start + len(pos))
+                k[head, slots] = k_new[:, head]
+                v[head, slots] = v_new[:, head]
+                (pos_arr if pos_arr.ndim == 1 else pos_arr[head])[slots] = pos
+
+    def attend(
+        self,
+        q: np.ndarray,
+        q_pos: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        kv_pos: np.ndarray,
+        used: int | np.ndarray,
+        rule: Any,
+        out: np.ndarray,
+        prompt: bool,
+    ) -> None:
+        scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
+        width = q.shape[1] // len(k)
+        for group in range(len(k)):
+            count = int(used) if np.ndim(used) == 0 else int(np.asarray(used)[group])
+            slots = (kv_pos if kv_pos.ndim == 1 else kv_pos[group])[:count]
+            keys, values = k[group, :count].astype(np.float64), v[group, :count].astype(np.float64)
+            heads = slice(group * width, (group + 1) * width)
+            for row, p in enumerate(np.asarray(q_pos).tolist()):
+                seen = _visible(slots, p, rule)
+                scores = keys[seen] @ (q[row, heads].astype(np.float64) * scale).T
+                out[row, heads] = _mix(scores, values[seen], rule.softcap)
+
+    def close(self) -> None:
+        """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
+
+
+def _raw(matrix: Matrix) -> np.ndarray:
+    """The blocks of a matrix: uint8 [rows, row_bytes], a view of the memory they lie in."""
+    block = (ctypes.c_uint8 * matrix.nbytes).from_address(matrix.address)
+    return np.ctypeslib.as_array(block).reshape(matrix.rows, matrix.row_bytes)
+
+
+def _normed(x: np.ndarray, norm: Norm | None) -> np.ndarray:
+    """The norm of x over its last axis, in float64 inside: float32 [..., dim], a copy in any case."""
+    if norm is None:
+        return x.copy()
+    y = x.astype(np.float64)
+    if norm.kind == "layer":
+        y -= y.mean(-1, keepdims=True)
+    y *= norm.weight / np.sqrt((y * y).mean(-1, keepdims=True) + norm.eps)
+    if norm.bias is not None:
+        y += norm.bias
+    return y.astype(np.float32)
+
+
+def _visible(slots: np.ndarray, p: int, rule: Any) -> Any:
+    """Index the slots that a query at position p may see."""
+    end = int(np.searchsorted(slots, p, "right"))
+    if not rule.window:
+        return slice(0, end)
+    start = int(np.searchsorted(slots, p - rule.window, "right"))
+    sinks = min(int(np.searchsorted(slots, rule.sinks, "left")), end)
+    if sinks == 0 or sinks >= start:
+        return slice(0 if sinks >= start else start, end)
+    return np.r_[0:sinks, start:end]
+
+
+def _mix(scores: np.ndarray, values: np.ndarray, softcap: float) -> np.ndarray:
+    """Softmax over slots of scores [slots, heads], applied to values [slots, dim]: [heads, dim]."""
+    if not len(scores):
+        return np.zeros((scores.shape[1], values.shape[1]))
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    weights = np.exp(scores - scores.max(0))
+    return (weights / weights.sum(0)).T @ values
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _gelu_erf(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.array([math.erf(value) for value in x * math.sqrt(0.5)]))
+
+
+_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": _gelu,
+    "gelu_erf": _gelu_erf,
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}

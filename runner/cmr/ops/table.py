@@ -1,0 +1,149 @@
+"""The op table: what a device must offer for the forward pass, with the meaning of every operation."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from cmr.gguf_file import Tensor
+from cmr.ops.records import Buffer, Matrix, Norm, RopeTable
+
+Part = tuple[Matrix, np.ndarray | None]
+
+
+class Ops(Protocol):
+    """Operations on Buffers: `n` rows count, the first `n_prompt` of them prompt tokens, the rest generated.
+
+    A row's result depends on that row, its role and its position alone, bit for bit: never on `n`, on its
+    neighbours or on the number of threads.
+    """
+
+    name: str
+    threads: int
+    prompt_threads: int
+
+    def matrix(
+        self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
+    ) -> Matrix:
+        """Make the record of a 2-D weight, of its rows (start, stop) only where given; no byte of it is read.
+
+        `address` says where the tensor's bytes lie when that is not the mapped file; they may change between
+        calls.
+        """
+
+    def vector(self, tensor: Tensor) -> np.ndarray:
+        """Return a small float tensor as a contiguous float32 copy, 1-D."""
+
+    def norm_of(self, weight: np.ndarray, bias: np.ndarray | None, eps: float, kind: str) -> Norm:
+        """Make a Norm of `kind` "rms" or "layer"."""
+
+    def buffer(self, rows: int, cols: int) -> Buffer:
+        """Make an uninitialized Buffer."""
+
+    def rope_table(self, inv_freq: np.ndarray, max_pos: int, scale: float = 1.0) -> RopeTable:
+        """Make the rotation table of float64 frequencies [rot / 2], with cosines and sines times `scale`."""
+
+    def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
+        """out[i] = scale * row tokens[i] of the matrix; tokens int32 [n]."""
+
+    def project(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        parts: list[Part],
+        out: Buffer,
+        norm: Norm | None = None,
+        add: bool = False,
+        scale: float = 1.0,
+        column: int = 0,
+        x_column: int = 0,
+    ) -> None:
+        """y = W @ norm(x) + b of all parts side by side; out[:, column:] = scale * y, or += with `add`.
+
+        The input is x[:, x_column : x_column + cols]; the norm spans it.
+        """
+
+    def glu(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        gate: Part,
+        up: Part,
+        act: str,
+        out: Buffer,
+        norm: Norm | None = None,
+    ) -> None:
+        """out = act(gate @ norm(x)) * (up @ norm(x)); act: silu, gelu (by tanh), gelu_erf, relu2."""
+
+    def norm(self, x: Buffer, n: int, norm: Norm, out: Buffer) -> None:
+        """out = norm(x); `out` may be `x`."""
+
+    def head_norm(self, x: Buffer, n: int, column: int, heads: int, dim: int, norm: Norm) -> None:
+        """Normalize each head of x[:, column : column + heads * dim] over its dim, in place."""
+
+    def add_norm(self, x: Buffer, n: int, norm: Norm, out: Buffer, scale: float = 1.0) -> None:
+        """out += scale * norm(x)."""
+
+    def rope(
+        self,
+        x: Buffer,
+        n: int,
+        pos: np.ndarray,
+        column: int,
+        heads: int,
+        dim: int,
+        table: RopeTable,
+        pairing: str,
+    ) -> None:
+        """Rotate the first table.rot dimensions of each head in place; pos int32 [n].
+
+        Pairs are (i, i + rot / 2) for "neox" and (2 i, 2 i + 1) for "norm".
+        """
+
+    def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:
+        """out += scale * x."""
+
+    def finish_logits(self, x: Buffer, n: int, scale: float, cap: float) -> None:
+        """x = scale * x, then cap * tanh(x / cap) where cap > 0, in place."""
+
+    def kv_store(
+        self,
+        k: np.ndarray,
+        v: np.ndarray,
+        pos_arr: np.ndarray,
+        used: int | np.ndarray,
+        k_new: np.ndarray,
+        v_new: np.ndarray,
+        pos: np.ndarray,
+    ) -> None:
+        """Write rows into slots used to used + n: k_new, v_new float32 [n, kv_heads, dim], pos int32 [n].
+
+        k and v are float16 or float32 [kv_heads, capacity, dim], pos_arr is int32 [capacity]. Where heads
+        keep different slots, pos_arr is int32 [kv_heads, capacity] and `used` int32 [kv_heads].
+        """
+
+    def attend(
+        self,
+        q: np.ndarray,
+        q_pos: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        kv_pos: np.ndarray,
+        used: int | np.ndarray,
+        rule: Any,
+        out: np.ndarray,
+        prompt: bool,
+    ) -> None:
+        """Attend from q, float32 [n, heads, dim], to the slots that `rule` lets each row see, into `out`.
+
+        Slots lie in increasing order of position. A query at p sees the slots with pos <= p and
+        (rule.window == 0 or p - pos < rule.window or pos < rule.sinks). Scores are q @ k * rule.scale
+        (None: 1 / sqrt(dim)), then softcap * tanh(score / softcap) where rule.softcap > 0.
+        `used` is int32 [kv_heads], and kv_pos [kv_heads, capacity], where heads keep different slots.
+        """
+
+    def close(self) -> None:
+        """Give back threads and memory; the table must not be used afterwards."""

@@ -1,0 +1,120 @@
+"""The tensors that a dense decoder is made of: their names, shapes and types, checked before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from cmr.config import Config
+from cmr.errors import ModelError
+from cmr.gguf_file import Tensor
+from cmr.quants import FORMATS, supported_names
+
+BLOCK_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+
+# Shapes that a tensor may have, innermost dimension last.
+Shapes = dict[str, list[tuple[int, ...]]]
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_FLOATS = ("F32", "F16", "BF16")
+# Rotation factors are read with the config; rotation tables of 2023 are computed instead.
+_ELSEWHERE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
+
+
+def qkv_rows(config: Config, layer: int) -> tuple[int, int, int]:
+    """Return how many outputs the projections of queries, keys and values have."""
+    kv_heads = config.n_kv_heads[layer]
+    return config.n_heads[layer] * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim_v
+
+
+def names_by_layer(tensors: Collection[str]) -> dict[int, list[str]]:
+    """Group the names of tensors by the block they belong to; -1 has those that belong to none."""
+    groups: dict[int, list[str]] = {}
+    for name in tensors:
+        block = _BLOCK.match(name)
+        groups.setdefault(int(block[1]) if block else -1, []).append(name)
+    return groups
+
+
+def check_tensors(config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError for the first tensor that is missing, foreign, misshapen or of an unsupported type."""
+    groups = names_by_layer(tensors)
+    width, vocab = (config.n_embd,), (config.n_vocab, config.n_embd)
+    ends: Shapes = {"token_embd": [vocab], "output_norm": [width], "output": [vocab]}
+    _check(tensors, "", ends, ("token_embd", "output_norm"))
+    _refuse_foreign(config, groups.pop(-1), "", ends)
+    for layer in range(config.n_layers):
+        prefix = f"blk.{layer}."
+        shapes = _layer_shapes(config, layer, f"{prefix}ffn_gate.weight" not in tensors)
+        _check(tensors, prefix, shapes, _required(config, f"{prefix}attn_qkv.weight" in tensors))
+        _refuse_foreign(config, groups.pop(layer, []), prefix, shapes)
+    for names in groups.values():
+        _refuse_foreign(config, names, "", {})
+
+
+def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
+    n_embd, n_ff, dim = config.n_embd, config.n_ff[layer], config.head_dim
+    heads, kv_heads = config.n_heads[layer], config.n_kv_heads[layer]
+    q, k, v = qkv_rows(config, layer)
+    shapes: Shapes = {
+        "attn_q": [(q, n_embd)],
+        "attn_k": [(k, n_embd)],
+        "attn_v": [(v, n_embd)],
+        "attn_qkv": [(q + k + v, n_embd)],
+        "attn_output": [(n_embd, heads * config.head_dim_v)],
+        "ffn_gate": [(n_ff, n_embd)],
+        "ffn_up": [(2 * n_ff if fused_up else n_ff, n_embd)],
+        "ffn_down": [(n_embd, n_ff)],
+        "attn_q_norm": [(dim,), (heads, dim), (heads * dim,)],
+        "attn_k_norm": [(dim,), (kv_heads, dim), (kv_heads * dim,)],
+    }
+    return shapes | {name: [(n_embd,)] for name in BLOCK_NORMS}
+
+
+def _required(config: Config, fused_qkv: bool) -> tuple[str, ...]:
+    projections = ("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")
+    return (*projections, "attn_output", "ffn_up", "ffn_down", *config.norms)
+
+
+def _check(tensors: Mapping[str, Tensor], prefix: str, shapes: Shapes, required: Collection[str]) -> None:
+    """Check the weights and biases under a prefix: matrices of any format, norms and biases of floats."""
+    for name, possible in shapes.items():
+        is_norm = name.endswith("_norm")
+        weight = tensors.get(f"{prefix}{name}.weight")
+        if weight is not None:
+            _check_one(weight, possible, _FLOATS if is_norm else None)
+        elif name in required:
+            raise ModelError(f"the tensor {prefix}{name}.weight is missing")
+        bias = tensors.get(f"{prefix}{name}.bias")
+        if bias is not None:
+            like = weight.shape if is_norm and weight is not None else possible[0][:1]
+            _check_one(bias, [like], _FLOATS)
+
+
+def _check_one(tensor: Tensor, possible: list[tuple[int, ...]], types: tuple[str, ...] | None) -> None:
+    if tensor.shape not in possible:
+        raise ModelError(f"the tensor {tensor.name} is {_text(tensor.shape)}; {_text(possible[0])} is needed")
+    if types is None and tensor.type not in FORMATS:
+        there_are = supported_names()
+    elif types is not None and tensor.type_name not in types:
+        there_are = " ".join(types)
+    else:
+        return
+    raise ModelError(
+        f"the tensor {tensor.name} has the unsupported type {tensor.type_name}; there are: {there_are}"
+    )
+
+
+def _refuse_foreign(config: Config, names: list[str], prefix: str, shapes: Shapes) -> None:
+    """Refuse what the forward pass would leave out: such a model would run and be wrong."""
+    known = {f"{prefix}{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
+    for name in names:
+        if name not in known and not _ELSEWHERE.fullmatch(name):
+            raise ModelError(
+                f"the tensor {name} has no place in a dense model of architecture {config.arch!r}"
+            )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

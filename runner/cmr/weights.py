@@ -1,0 +1,216 @@
+"""The weights of a model as records, layer by layer, under the names that GGUF gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from cmr.config import Config
+from cmr.gguf_file import Tensor
+from cmr.ops.records import Matrix, Norm
+from cmr.ops.table import Ops
+from cmr.shapes import BLOCK_NORMS, HEAD_NORMS, check_tensors, names_by_layer, qkv_rows
+
+# A weight and its bias, as the op table takes them.
+Part = tuple[Matrix, np.ndarray | None]
+# A tensor and the address of its bytes; None: where the file is mapped.
+Placed = Mapping[str, tuple[Tensor, int | None]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Layer:
+    """One block's weights under GGUF's names; matrices come with their bias, absent norms are None.
+
+    `attn_qkv` are the three input projections in one list, `q_norm_heads` and `k_norm_heads` how many heads
+    their norm treats one by one (1: the norm spans all heads).
+    """
+
+    index: int
+    attn_norm: Norm | None
+    attn_q: Part
+    attn_k: Part
+    attn_v: Part
+    attn_qkv: list[Part]
+    attn_q_norm: Norm | None
+    attn_k_norm: Norm | None
+    q_norm_heads: int
+    k_norm_heads: int
+    attn_output: list[Part]
+    post_attention_norm: Norm | None
+    ffn_norm: Norm | None
+    ffn_gate: Part
+    ffn_up: Part
+    ffn_down: list[Part]
+    post_ffw_norm: Norm | None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its matrices, which one generated token reads."""
+        parts = (*self.attn_qkv, *self.attn_output, self.ffn_gate, self.ffn_up, *self.ffn_down)
+        return sum(matrix.nbytes for matrix, _ in parts)
+
+
+class WeightSource(Protocol):
+    """Who serves layers to the forward pass; between acquire and release a layer's bytes stay in place."""
+
+    def acquire(self, layer: int) -> Layer:
+        """Return the layer, ready to be read."""
+
+    def release(self, layer: int) -> None:
+        """Say that the layer will not be read again in this step."""
+
+
+class Weights:
+    """The plain source: weights stay where the file is mapped; a layer's record is made when first asked for.
+
+    Raises ModelError, without reading a weight, for tensors that are missing, foreign, misshapen or of a type
+    that is not supported.
+    """
+
+    def __init__(self, ops: Ops, config: Config, tensors: Mapping[str, Tensor]) -> None:
+        self.ops, self.config, self.all = ops, config, tensors
+        self.layers: list[Layer | None] = [None] * config.n_layers
+        check_tensors(config, tensors)
+        self.names = names_by_layer(tensors)
+
+    def acquire(self, layer: int) -> Layer:
+        """Return the layer's record."""
+        found = self.layers[layer]
+        if found is None:
+            placed = {name: (tensor, None) for name, tensor in self.tensors(layer).items()}
+            found = self.layers[layer] = build_layer(self.ops, self.config, layer, placed)
+        return found
+
+    def release(self, layer: int) -> None:
+        """Keep everything: the operating system decides which pages of the file stay in memory."""
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer under their full names."""
+        return {name: self.all[name] for name in self.names[layer]}
+
+    @cached_property
+    def token_embd(self) -> Matrix:
+        """The embeddings: [n_vocab, n_embd]."""
+        return self.ops.matrix(self.all["token_embd.weight"])
+
+    @cached_property
+    def output_norm(self) -> Norm:
+        """The norm before the output matrix."""
+        placed = {
+            name: (tensor, None) for name, tensor in self.all.items() if name.startswith("output_norm.")
+        }
+        norm = _Reader(self.ops, self.config, "", placed).norm("output_norm")
+        assert norm is not None
+        return norm
+
+    @cached_property
+    def output(self) -> list[Part]:
+        """The output matrix [n_vocab, n_embd]: the embeddings' where the file has none of its own."""
+        if "output.weight" not in self.all:
+            return [(self.token_embd, None)]
+        bias = self.all.get("output.bias")
+        return [(self.ops.matrix(self.all["output.weight"]), None if bias is None else self.ops.vector(bias))]
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of weights that generating one token reads, in plain runs."""
+        return sum(self.acquire(i).nbytes for i in range(len(self.layers))) + self.output[0][0].nbytes
+
+
+def build_layer(ops: Ops, config: Config, index: int, placed: Placed, like: Layer | None = None) -> Layer:
+    """Make a layer's record from its tensors (full names), each wherever its bytes lie; no matrix is read.
+
+    Norms and biases are copied from the mapped file, or shared with `like`, an earlier record of the same
+    layer.
+    """
+    read = _Reader(ops, config, f"blk.{index}.", placed, like)
+    q, k, v = read.qkv(*qkv_rows(config, index))
+    gate, up = read.gate_up(config.n_ff[index])
+    norms = {name: read.norm(name) for name in (*BLOCK_NORMS, *HEAD_NORMS)}
+    if config.parallel_residual and norms["ffn_norm"] is None:
+        norms["ffn_norm"] = norms["attn_norm"]
+    return Layer(
+        index=index,
+        **norms,
+        attn_q=q,
+        attn_k=k,
+        attn_v=v,
+        attn_qkv=[q, k, v],
+        q_norm_heads=_heads_apart(norms["attn_q_norm"], config.n_heads[index], config.head_dim),
+        k_norm_heads=_heads_apart(norms["attn_k_norm"], config.n_kv_heads[index], config.head_dim),
+        attn_output=[read.part("attn_output")],
+        ffn_gate=gate,
+        ffn_up=up,
+        ffn_down=[read.part("ffn_down")],
+    )
+
+
+class _Reader:
+    """Turns the tensors under one prefix into records."""
+
+    def __init__(
+        self, ops: Ops, config: Config, prefix: str, placed: Placed, like: Layer | None = None
+    ) -> None:
+        self.ops, self.config, self.prefix, self.placed, self.like = ops, config, prefix, placed, like
+
+    def vector(self, name: str, suffix: str) -> np.ndarray | None:
+        """The float values of a tensor in its own shape, or None where it is absent."""
+        found = self.placed.get(f"{self.prefix}{name}.{suffix}")
+        return None if found is None else self.ops.vector(found[0]).reshape(found[0].shape)
+
+    def norm(self, name: str) -> Norm | None:
+        if self.like is not None:
+            return getattr(self.like, name)
+        weight = self.vector(name, "weight")
+        if weight is None:
+            return None
+        return self.ops.norm_of(
+            weight, self.vector(name, "bias"), self.config.norm_eps, self.config.norm_kind
+        )
+
+    def part(self, name: str, rows: tuple[int, int] | None = None, bias: str | None = None) -> Part:
+        """A matrix, or some rows of it, with its bias or that of the tensors called `bias`."""
+        tensor, address = self.placed[f"{self.prefix}{name}.weight"]
+        matrix = self.ops.matrix(tensor, address, rows)
+        values = self._bias(bias or name)
+        if values is not None and bias is None and rows is not None:
+            values = np.ascontiguousarray(values[slice(*rows)])
+        return matrix, values
+
+    def _bias(self, name: str) -> np.ndarray | None:
+        if self.like is None:
+            return self.vector(name, "bias")
+        part = getattr(self.like, name)
+        return (part[0] if isinstance(part, list) else part)[1]
+
+    def qkv(self, *counts: int) -> list[Part]:
+        """The three input projections, from a tensor each or from one that holds them in this order."""
+        names = ("attn_q", "attn_k", "attn_v")
+        if f"{self.prefix}attn_qkv.weight" not in self.placed:
+            return [self.part(name) for name in names]
+        return self._slices("attn_qkv", names, counts)
+
+    def gate_up(self, count: int) -> list[Part]:
+        """Gate and up projections, from a tensor each or from an ffn_up that holds both, gate first."""
+        names = ("ffn_gate", "ffn_up")
+        if f"{self.prefix}ffn_gate.weight" in self.placed:
+            return [self.part(name) for name in names]
+        return self._slices("ffn_up", names, (count, count))
+
+    def _slices(self, fused: str, names: tuple[str, ...], counts: tuple[int, ...]) -> list[Part]:
+        stops = np.cumsum(counts).tolist()
+        whole = self.like is None and f"{self.prefix}{fused}.bias" in self.placed
+        return [
+            self.part(fused, (stop - count, stop), None if whole else name)
+            for name, stop, count in zip(names, stops, counts, strict=True)
+        ]
+
+
+def _heads_apart(norm: Norm | None, heads: int, dim: int) -> int:
+    """How many vectors a norm of heads treats one by one: each head, or all heads together as one."""
+    spans_all = norm is not None and norm.weight.shape == (heads * dim,)
+    return 1 if spans_all else heads
