@@ -28,9 +28,8 @@ class Metadata:
         self.read: set[str] = set()
         arch = self.values.get("general.architecture")
         if not isinstance(arch, str):
-            raise ModelError(
-                f"{source} does not say its architecture (general.architecture); it is not a model"
-            )
+            raise ModelError(f"{source} does not say its architecture (general.architecture)")
+        self.arch = arch
 
     def get(self, key: str) -> Any:
         """Return the raw value of a key of this architecture, or None."""
