@@ -35,7 +35,7 @@ Bytes = bytes | mmap.mmap
 
 
 def quote(value: object) -> str:
-    """Return what a file says as a message shows it: escaped, and of bounded length whatever the file says."""
+    """Return what a file says as a message shows it: escaped, and of bounded length whatever it is."""
     if isinstance(value, list | np.ndarray):
         return f"an array of {len(value)} items"
     text = repr(value[:80] if isinstance(value, str | bytes) else value)
