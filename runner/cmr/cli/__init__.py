@@ -1,0 +1,1 @@
+"""The commands: one file each; only this package prints, exits or reads the command line."""

@@ -1,0 +1,49 @@
+"""One answer: steps of the session, text as it comes, and Ctrl-C between two steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cmr.cli.interrupts import Interrupts
+from cmr.cli.progress import Progress
+from cmr.sequence import Request, Sequence
+from cmr.session import Session
+
+
+class Writer:
+    """Text to stdout, piece by piece, that ends with a newline."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def write(self, piece: str) -> None:
+        """Show a piece at once."""
+        self._last = piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """End the line, if one was begun."""
+        if self._last and not self._last.endswith("\n"):
+            self.write("\n")
+
+
+def answer(session: Session, request: Request, write: Callable[[str], Any]) -> tuple[Sequence, bool]:
+    """Run a request, giving `write` each piece of text; return its sequence and whether Ctrl-C ended it."""
+    seq = session.add(request, text=True)
+    with Interrupts() as interrupts, Progress("reading the prompt") as progress:
+        while seq.stop is None and not interrupts.pressed:
+            session.step()
+            progress.update(seq.cached, seq.n_prompt)
+            _drain(seq, write, progress)
+        session.cancel(seq)
+    _drain(seq, write, progress)
+    return seq, seq.stop == "cancelled"
+
+
+def _drain(seq: Sequence, write: Callable[[str], Any], progress: Progress) -> None:
+    while seq.text.pieces:
+        progress.stop()
+        write(seq.text.pieces.popleft())

@@ -1,0 +1,87 @@
+"""From flags to an open model with its plugins attached."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+from typing import Any
+
+from cmr.cli.progress import Progress, say
+from cmr.discovery import available
+from cmr.errors import PluginError, RequestError
+from cmr.gguf_file import open_gguf
+from cmr.model import Model, open_model
+from cmr.session import Session
+from cmr.stats import size
+
+
+def load(args: argparse.Namespace) -> Model:
+    """Open the model that the flags describe."""
+    with Progress(f"opening {args.model}"):
+        model = open_model(
+            args.model,
+            threads=args.threads,
+            prompt_threads=args.threads_batch,
+            device=args.device,
+            context=args.ctx_size or None,
+            overrides=_overrides(args),
+        )
+    trained = model.config.n_ctx_train
+    if args.ctx_size > trained:
+        say(f"cmr-run: -c {args.ctx_size} is more than the {trained} tokens that the model was trained with")
+    if args.mlock:
+        _lock(model)
+    return model
+
+
+def attach(args: argparse.Namespace, model: Model) -> Session:
+    """Open a session with the plugins and limits that the flags name."""
+    limits: dict[str, Any] = {}
+    if args.batch_size or args.ubatch_size:
+        limits["chunk"] = min(size for size in (args.batch_size, args.ubatch_size) if size)
+    return Session.open(model, [*args.plugin, *_kv_quant(args)], args.profile, **limits)
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Metadata to replace: what --override-kv says, and the rotary flags under the model's own keys."""
+    overrides = dict(args.override_kv)
+    rope = {
+        "scaling.type": args.rope_scaling,
+        "scaling.factor": args.rope_scale,
+        "freq_base": args.rope_freq_base,
+    }
+    given = {key: value for key, value in rope.items() if value is not None}
+    if given:
+        with open_gguf(args.model) as file:
+            arch = file.metadata.get("general.architecture")
+        overrides |= {f"{arch}.rope.{key}": value for key, value in given.items()}
+    return overrides
+
+
+def _kv_quant(args: argparse.Namespace) -> list[str]:
+    """Spell -ctk and -ctv as the plugin that serves them; f16 is what is there without it."""
+    k, v = args.cache_type_k.lower(), args.cache_type_v.lower()
+    if k == v == "f16":
+        return []
+    if "kv-quant" not in available():
+        flag, kind = ("-ctk", k) if k != "f16" else ("-ctv", v)
+        raise PluginError(
+            f"{flag} {kind} needs the plugin kv-quant, which is not installed; f16 works without it"
+        )
+    return [f"kv-quant:k={k},v={v}"]
+
+
+def _lock(model: Model) -> None:
+    """Pin the pages of the mapped files, so that they are never read from the disk again."""
+    if os.name != "posix":
+        raise RequestError(f"--mlock cannot be honoured on {sys.platform}; leave it out")
+    libc = ctypes.CDLL(None, use_errno=True)
+    for file in model.file.files:
+        if libc.mlock(ctypes.c_void_p(file.address), ctypes.c_size_t(file.nbytes)):
+            reason = os.strerror(ctypes.get_errno())
+            raise RequestError(
+                f"--mlock cannot keep {size(file.nbytes)} in memory: {reason}; "
+                "raise the limit with ulimit -l, or leave it out"
+            )

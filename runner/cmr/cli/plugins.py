@@ -1,0 +1,78 @@
+"""`cmr plugins` and `cmr plugin-check NAME`: what is installed, and whether it keeps its promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cmr.cli.options import Parser
+from cmr.discovery import Description, available, describe
+from cmr.errors import PluginError
+
+
+def list_plugins(argv: Sequence[str]) -> int:
+    """List the plugins that can be named, with hooks, options and exactness; names narrow the list."""
+    parser = Parser(prog="cmr plugins", description=list_plugins.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these; ./file.py:Class works too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse(argv)
+    rows = [_row(name, where) for name, where in _chosen(args.names).items()]
+    if args.json:
+        print(json.dumps({row.pop("name"): row for row in rows}, indent=2, default=str))
+        return 0
+    for row in rows:
+        print("\n".join(_lines(row)))
+    if not rows:
+        print("no plugins are installed")
+    return 0
+
+
+def _chosen(names: Sequence[str]) -> dict[str, str]:
+    """The plugins to show and where they are; only a plugin that was named may fail the command."""
+    if not names:
+        return available()
+    return {name: describe(name).where for name in names}
+
+
+def _row(name: str, where: str) -> dict[str, Any]:
+    try:
+        return _facts(describe(name))
+    except PluginError as error:
+        return {"name": name, "where": where, "problem": str(error)}
+
+
+def _facts(found: Description) -> dict[str, Any]:
+    options = {
+        option.name: {
+            "type": option.kind_name,
+            "default": option.default,
+            "required": option.required,
+            "help": option.help,
+        }
+        for option in found.options
+    }
+    return {
+        "name": found.name,
+        "where": found.where,
+        "summary": found.summary,
+        "exact": found.exact,
+        "hooks": list(found.hooks),
+        "options": options,
+        **{key: value for key, value in found.declared.items() if value},
+    }
+
+
+def _lines(row: dict[str, Any]) -> list[str]:
+    if "problem" in row:
+        return [f"{row['name']}\n  {row['problem']}\n"]
+    exact = {True: "exact", False: "changes tokens", None: "exact with some options"}[row["exact"]]
+    lines = [f"{row['name']} ({exact}): {row['summary']}", f"  hooks      {', '.join(row['hooks'])}"]
+    for name, option in row["options"].items():
+        default = "required" if option["required"] else f"default {option['default']}"
+        note = f": {option['help']}" if option["help"] else ""
+        lines.append(f"  {name:10} {option['type']}, {default}{note}")
+    for key in ("conflicts", "needs", "devices", "evidence"):
+        if row.get(key):
+            lines.append(f"  {key:10} {', '.join(row[key])}")
+    return [*lines, f"  from       {row['where']}", ""]
