@@ -1,0 +1,81 @@
+"""Which vector instructions the kernels may use on this machine."""
+
+import os
+import platform
+from dataclasses import dataclass
+
+VARIANTS = ("avx512vnni", "avx512", "avxvnni", "avx2", "plain")
+_NEEDS = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "f16c", "fma"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c", "fma"),
+    "avxvnni": ("avx2", "avxvnni", "f16c", "fma"),
+    "avx2": ("avx2", "f16c", "fma"),
+    "plain": (),
+}
+_LLVM_CPU = {
+    "avx512vnni": "cascadelake",
+    "avx512": "skylake-avx512",
+    "avxvnni": "alderlake",
+    "avx2": "haswell",
+    "plain": "x86-64",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The kernel variant chosen for this process and what the code generator may rely on."""
+
+    variant: str
+    x86: bool
+
+    @property
+    def wide(self):
+        """Whether registers hold 64 bytes and there are 32 of them."""
+        return self.variant.startswith("avx512")
+
+    @property
+    def vnni(self):
+        return self.variant in ("avx512vnni", "avxvnni")
+
+    @property
+    def half(self):
+        """Whether the processor converts float16 itself."""
+        return self.variant != "plain" or not self.x86
+
+    @property
+    def fused(self):
+        """Whether multiply-add is one rounding in hardware."""
+        return self.variant != "plain" or not self.x86
+
+
+def features():
+    """The names of the vector features that numba may use, the user's restrictions applied."""
+    from llvmlite import binding
+    from numba import config
+
+    if config.CPU_FEATURES is not None:
+        return {word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+")}
+    return {name for name, present in binding.get_host_cpu_features().items() if present}
+
+
+def detect():
+    """Choose the best variant, or the one named by CMR_CPU, and hold numba's code generator to it."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "x64")
+    if not x86:
+        return Target("plain", False)
+    has = features()
+    able = [name for name in VARIANTS if has.issuperset(_NEEDS[name])]
+    wanted = os.environ.get("CMR_CPU", "")
+    if wanted in able and wanted != able[0]:
+        _restrict(wanted)
+        able = [wanted]
+    return Target(able[0], True)
+
+
+def _restrict(variant):
+    """Make LLVM generate for an older processor, so that a fallback is the code an old machine runs."""
+    from numba import config
+
+    config.CPU_NAME = _LLVM_CPU[variant]
+    base = "" if variant == "plain" else "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+lzcnt,"
+    config.CPU_FEATURES = base + ",".join("+" + name for name in _NEEDS[variant])
