@@ -20,7 +20,7 @@ formats = pytest.mark.parametrize("layout", FORMATS.values(), ids=lambda layout:
 
 
 def decode(layout: Format, rows: np.ndarray, ids: list[int], spare: int = 0, shift: int = 0) -> np.ndarray:
-    """Decode rows[ids], which lie `shift` bytes off alignment, into rows `spare` floats longer than needed."""
+    """Decode rows[ids], which lie `shift` bytes off alignment, into rows with `spare` floats more."""
     k = rows.shape[1] // layout.bytes * layout.elements
     memory = np.zeros(rows.nbytes + shift, np.uint8)
     memory[shift:] = rows.reshape(-1)
