@@ -1,0 +1,252 @@
+"""Keys and values of one layer for one sequence; every slot keeps the position at which it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+BLOCK = 64  # capacity is a multiple of this many slots
+
+
+@dataclass(frozen=True)
+class AttnRule:
+    """Which slots a query sees and how scores are formed: plain data, so that every kernel can obey it.
+
+    A query at p sees positions <= p that are nearer than `window` (0: all) or below `sinks`. Scores are q.k
+    times `scale`, then softcap * tanh(score / softcap) where `softcap` > 0. In a plugin's rule, scale None
+    and softcap 0 mean the model's own.
+    """
+
+    window: int = 0
+    sinks: int = 0
+    softcap: float = 0.0
+    scale: float | None = None
+
+    def attend(self, q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
+        """Attend under this rule from q, float32 [n, heads, dim] at q_pos, to a cache, into out."""
+        cache.attend(q, q_pos, self, out, prompt)
+
+
+class LayerCache:
+    """The plain cache: K and V as float16 (or float32) [kv_heads, capacity, dim], which grow by half.
+
+    Slots lie in the order of their positions. A subclass stores K and V another way by overriding encode and
+    decode (simple: everything is decoded for each attention) or append and attend (fused). After keep_heads
+    each head has slots of its own: `pos` is then int32 [kv_heads, capacity] and `used` int32 [kv_heads],
+    before that [capacity] and an int.
+    """
+
+    can_rollback = True
+    evidence: tuple[str, ...] = ()
+    _plain = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._plain = cls.encode is LayerCache.encode
+
+    def __init__(
+        self, ops: Any, kv_heads: int, dim: int, dim_v: int | None = None, dtype: Any = np.float16
+    ) -> None:
+        self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
+        self.dtype = np.dtype(dtype)
+        self.clear()
+
+    @classmethod
+    def factory(cls, model: Any, layer: int, **options: Any) -> Callable[[], LayerCache]:
+        """Return what the hook kv_cache returns: a function that makes this class for a layer of model."""
+        return partial(cls, model.ops, *model.config.kv_shape(layer), **options)
+
+    # -- how K and V are stored --
+
+    def encode(self, x: np.ndarray, keys: bool) -> tuple[np.ndarray, ...]:
+        """Turn float32 [..., dim] into arrays whose leading axes are those of x; keys tells K from V."""
+        return (x.astype(self.dtype),)
+
+    def decode(self, packed: tuple[np.ndarray, ...], keys: bool) -> np.ndarray:
+        """Turn what encode made back into [..., dim], float16 or float32."""
+        return packed[0]
+
+    def append(self, k: np.ndarray, v: np.ndarray, pos: np.ndarray) -> None:
+        """Write rows, float32 [n, kv_heads, dim], behind what is there; pos, int32 [n], increases."""
+        n = len(pos)
+        if len(self) + n > self._pos.shape[1]:
+            self._grow(len(self) + n)
+        if self._plain and not self.ragged:
+            self.ops.kv_store(self.k[0], self.v[0], self.pos, self.used, k, v, pos)
+        else:
+            packed = (*self.encode(k.swapaxes(0, 1), True), *self.encode(v.swapaxes(0, 1), False))
+            self._write((*packed, np.broadcast_to(pos, (len(self._pos), n))), n)
+        self.used = self.used + n
+
+    def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
+        """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
+        k, v = self._arrays()
+        self.ops.attend(q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
+
+    # -- what there is --
+
+    def __len__(self) -> int:
+        return self.used if self.pos.ndim == 1 else int(self.used.max())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads hold different slots."""
+        return self.pos.ndim == 2
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The positions held, int32 [slots], where all heads hold the same."""
+        self._refuse_ragged("positions", "head_positions(head)")
+        return self.pos[: self.used]
+
+    def head_positions(self, head: int) -> np.ndarray:
+        """The positions that one head holds, int32 [slots]."""
+        return self.pos[head, : self.used[head]] if self.ragged else self.pos[: self.used]
+
+    def view(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return copies: K float32 [slots, kv_heads, dim], V alike, positions int32 [slots]."""
+        self._refuse_ragged("view()", "view_head(head)")
+        k, v = (a[:, : self.used].swapaxes(0, 1).astype(np.float32) for a in self._arrays())
+        return k, v, self.positions.copy()
+
+    def view_head(self, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return copies of one head: K float32 [slots, dim], V alike, positions int32 [slots]."""
+        pos = self.head_positions(head).copy()
+        k, v = (a[head, : len(pos)].astype(np.float32) for a in self._arrays())
+        return k, v, pos
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes allocated for K, V and positions."""
+        return sum(a.nbytes for a in self._all())
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes that one more position takes."""
+        return sum(a.nbytes for packed in self._blank() for a in packed) + 4 * len(self._pos)
+
+    # -- what can be done with it --
+
+    def keep(self, slots: Any) -> None:
+        """Evict all slots but those with these increasing indices, and free the memory they took."""
+        self._refuse_ragged("keep(slots)", "keep_heads(lists)")
+        slots = _checked(slots, self.used)
+        self._rebuild(len(slots), lambda a: a[:, slots])
+        self.used = len(slots)
+
+    def keep_heads(self, slots: Sequence[Any]) -> None:
+        """Evict in each head all slots but its own increasing indices, and free the memory they took."""
+        if len(slots) != self.kv_heads:
+            raise ValueError(f"keep_heads wants a list for each of {self.kv_heads} heads, got {len(slots)}")
+        chosen = [_checked(s, len(self.head_positions(head))) for head, s in enumerate(slots)]
+        counts = np.array([len(s) for s in chosen], np.int32)
+        index = np.zeros((self.kv_heads, int(counts.max())), np.intp)
+        for head, s in enumerate(chosen):
+            index[head, : len(s)] = s
+        heads = np.arange(self.kv_heads)[:, None]
+        if not self.ragged:
+            self._set(self.k, self.v, np.repeat(self._pos, self.kv_heads, axis=0), ragged=True)
+        self._rebuild(index.shape[1], lambda a: a[heads, index])
+        self.used = counts
+
+    def rollback(self, pos: int) -> None:
+        """Forget every position from pos on; rollback(0) empties the cache and frees it."""
+        if pos <= 0:
+            self.clear()
+        elif self.ragged:
+            ends = [np.searchsorted(self.head_positions(head), pos) for head in range(self.kv_heads)]
+            self.used = np.array(ends, np.int32)
+        else:
+            self.used = int(np.searchsorted(self.pos[: self.used], pos))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return a copy of the contents as plain arrays without spare capacity."""
+        n = len(self)
+        k, v, (pos,) = ([a[:, :n].copy() for a in arrays] for arrays in (self.k, self.v, [self._pos]))
+        return {"k": k, "v": v, "pos": pos, "used": self.used, "ragged": self.ragged}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Replace the contents by a snapshot of a cache of the same kind and sizes."""
+        k, v, (pos,) = ([a.copy() for a in arrays] for arrays in (state["k"], state["v"], [state["pos"]]))
+        self._set(k, v, pos, state["ragged"])
+        self.used = state["used"]
+
+    def clear(self) -> None:
+        """Forget everything and free it."""
+        k, v = ([np.empty((len(a), 0, *a.shape[2:]), a.dtype) for a in packed] for packed in self._blank())
+        self._set(k, v, np.empty((1, 0), np.int32), ragged=False)
+        self.used: Any = 0
+
+    # -- storage: every array has its slots on axis 1, positions [1 or kv_heads, capacity] among them --
+
+    def _all(self) -> tuple[np.ndarray, ...]:
+        return (*self.k, *self.v, self._pos)
+
+    def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
+        self.k, self.v, self._pos = k, v, pos
+        self.pos = pos if ragged else pos[0]
+
+    def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """One row of zeros as encode stores it: what K and V are made of."""
+        k, v = (np.zeros((self.kv_heads, 1, dim), np.float32) for dim in (self.dim, self.dim_v))
+        return self.encode(k, True), self.encode(v, False)
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """K and V as arrays [kv_heads, at least len(self), dim]."""
+        if self._plain:
+            return self.k[0], self.v[0]
+        n = len(self)
+        k = self.decode(tuple(a[:, :n] for a in self.k), True)
+        v = self.decode(tuple(a[:, :n] for a in self.v), False)
+        return np.ascontiguousarray(k), np.ascontiguousarray(v)
+
+    def _write(self, parts: tuple[np.ndarray, ...], n: int) -> None:
+        """Put parts [kv_heads, n, ...] behind the slots in use of each array."""
+        for array, part in zip(self._all(), parts):
+            if self.ragged:
+                for head, start in enumerate(self.used):
+                    array[head, start : start + n] = part[head]
+            else:
+                array[:, self.used : self.used + n] = part
+
+    def _grow(self, slots: int) -> None:
+        """Make room for so many slots, half as much again as there was at least."""
+        n, capacity = len(self), self._pos.shape[1]
+        self._move(max(slots, capacity + capacity // 2), lambda a: a[:, :n])
+
+    def _rebuild(self, slots: int, pick: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Move the picked slots to the front, into smaller arrays where a third of the old would be spare."""
+        if 3 * (slots + BLOCK) < 2 * self._pos.shape[1]:
+            self._move(slots, pick)
+        else:
+            for array in self._all():
+                array[:, :slots] = pick(array)
+
+    def _move(self, capacity: int, pick: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Put the picked slots into new arrays with room for `capacity`, rounded up to whole blocks."""
+        capacity = -(-capacity // BLOCK) * BLOCK
+
+        def moved(array: np.ndarray) -> np.ndarray:
+            picked = pick(array)
+            new = np.empty((len(array), capacity, *array.shape[2:]), array.dtype)
+            new[:, : picked.shape[1]] = picked
+            return new
+
+        ragged = self.ragged
+        self._set([moved(a) for a in self.k], [moved(a) for a in self.v], moved(self._pos), ragged)
+
+    def _refuse_ragged(self, what: str, instead: str) -> None:
+        if self.ragged:
+            raise ValueError(f"heads hold different slots here, so {what} has no answer; use {instead}")
+
+
+def _checked(slots: Any, used: int) -> np.ndarray:
+    """Slot indices as an array, or ValueError if they do not increase within 0 to used - 1."""
+    slots = np.asarray(slots, np.intp)
+    if len(slots) and (slots[0] < 0 or slots[-1] >= used or (np.diff(slots) <= 0).any()):
+        raise ValueError(f"slots to keep must increase and lie between 0 and {used - 1}")
+    return slots

@@ -1,0 +1,255 @@
+"""The token loop: pick, draft, forward, verify, accept; what is not cached yet is fed, nothing else."""
+
+from __future__ import annotations
+
+from operator import index
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from cmr.errors import PluginError
+from cmr.plan import Plan
+from cmr.sequence import Part, Sequence, Step
+from cmr.stats import Figures
+
+
+class Loop:
+    """Advances sequences of at most `context` tokens through a model under a plan, without pluggy."""
+
+    def __init__(self, model: Any, plan: Plan, scheduler: Any, context: int) -> None:
+        self.model, self.plan, self.scheduler, self.context = model, plan, scheduler, context
+        self.running: dict[Sequence, None] = {}
+        self.figures = Figures()
+        self.stepping = False
+
+    def add(self, seq: Sequence) -> None:
+        """Hand a sequence to the scheduler."""
+        seq.times["added"] = perf_counter()
+        self.running[seq] = None
+        with self.plan.blame:
+            self.scheduler.add(seq)
+
+    def cancel(self, seq: Sequence) -> None:
+        """End a sequence now, or after the step that is under way."""
+        seq.stop = seq.stop or "cancelled"
+        if seq in self.running and not self.stepping:
+            self.finish(seq)
+
+    def step(self) -> None:
+        """Run one step; a failure ends the sequences it concerns and is kept as their `error`."""
+        began = perf_counter()
+        parts = [part for part in (self._try_part(seq, limit) for seq, limit in self._picked()) if part]
+        if not parts:
+            return
+        step = Step(parts)
+        self.stepping = True
+        try:
+            self._run(step)
+        finally:
+            self.stepping = False
+        self.figures.count(step, perf_counter() - began)
+        for part in step.parts:
+            if part.seq.stop and part.seq in self.running:
+                self.finish(part.seq)
+
+    def _run(self, step: Step) -> None:
+        """Forward and accept; Ctrl-C leaves every sequence as it was before or after."""
+        began = perf_counter()
+        try:
+            logits = self.model.forward(self.plan, step)
+        except BaseException as error:
+            for part in step.parts:
+                self._trim(part.seq, part.seq.cached)
+            if not isinstance(error, Exception):
+                raise
+            self._fail(step, error)
+            return
+        step.seconds = perf_counter() - began
+        for part, rows in zip(step.parts, logits):
+            try:
+                self._accept(part, rows)
+            except Exception as error:
+                part.seq.error, part.seq.stop = self.plan.blame.named(error), "error"
+        try:
+            for hook in self.plan.on_step:
+                hook(step)
+        except Exception as error:
+            self._fail(step, error)
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        """End every sequence of a step."""
+        named = self.plan.blame.named(error)
+        for part in step.parts:
+            part.seq.error, part.seq.stop = part.seq.error or named, "error"
+
+    # -- before the forward pass --
+
+    def _picked(self) -> list[tuple[Sequence, int]]:
+        """Ask the scheduler; if it fails or picks nothing that can run, all sequences end with its error."""
+        try:
+            picked = list(self.scheduler.pick())
+            self._check_picked(picked)
+            return picked
+        except Exception as error:
+            named = self.plan.blame.named(error)
+            for seq in list(self.running):
+                seq.error, seq.stop = named, "error"
+                self.finish(seq)
+            return []
+
+    def _check_picked(self, picked: list[Any]) -> None:
+        if len(picked) == 1 and type(picked[0]) is tuple:
+            seq, limit = picked[0]
+            if seq in self.running and limit >= 1:
+                return
+        try:
+            good = picked and all(seq in self.running and index(limit) >= 1 for seq, limit in picked)
+            if good and len({id(seq) for seq, _ in picked}) == len(picked):
+                return
+        except (TypeError, ValueError):
+            pass
+        owner = self.plan.owners["scheduler"][0]
+        raise PluginError(
+            f"{owner}: pick returned {picked!r:.200} with {len(self.running)} sequences under way; "
+            "it returns pairs (seq, most rows to feed), each sequence once, one at least"
+        )
+
+    def _try_part(self, seq: Sequence, limit: int) -> Part | None:
+        try:
+            return self._part(seq, limit)
+        except Exception as error:
+            seq.error, seq.stop = self.plan.blame.named(error), "error"
+            self.finish(seq)
+            return None
+
+    def _part(self, seq: Sequence, limit: int) -> Part:
+        """What to feed: tokens of one role that are not cached yet, and a draft behind the last of them."""
+        if not seq.started:  # as late as possible, so that what ended meanwhile can be used again
+            self._start(seq)
+        start = seq.cached
+        prompt, end = seq.role(start)
+        end = min(end, start + limit)
+        tokens, draft = seq.tokens[start:end], []
+        want = 1 if end == len(seq.tokens) < seq.limit else 0
+        if want and not prompt and self.plan.drafter is not None:
+            draft = self._draft(seq, min(limit - len(tokens), seq.limit - end - 1))
+            tokens, want = tokens + draft, 1 + len(draft)
+        pos = np.arange(start, start + len(tokens), dtype=np.int32)
+        return Part(seq, np.array(tokens, np.int32), pos, draft, prompt, want)
+
+    def _draft(self, seq: Sequence, room: int) -> list[int]:
+        if room <= 0:
+            return []
+        guess = self.plan.drafter.propose(seq)
+        try:
+            draft = [index(token) for token in guess][:room]
+        except TypeError:
+            draft = [-1]
+        if draft and not 0 <= min(draft) <= max(draft) < self.model.n_vocab:
+            owner = self.plan.owners["drafter"][0]
+            raise PluginError(
+                f"{owner}: propose returned {guess!r:.200}; "
+                f"it returns token ids of 0 to {self.model.n_vocab - 1}"
+            )
+        return draft
+
+    def _start(self, seq: Sequence) -> None:
+        """Give a sequence its caches: an earlier one's, or new ones, with a stored prefix if there is one."""
+        seq.started = True
+        if seq.request.after is not None:
+            seq.take_over(seq.request.after)
+        if not seq.caches:
+            seq.caches = [make() for make in self.plan.caches]
+        if seq.cached:
+            return
+        for name, hook in zip(self.plan.names["restore_prefix"], self.plan.restore_prefix):
+            count = hook(seq)
+            if count is None:
+                continue
+            if not isinstance(count, int) or not 0 <= count < len(seq.tokens):
+                raise PluginError(
+                    f"{name} returned {count!r} from restore_prefix; "
+                    f"it returns how many tokens the caches hold, {len(seq.tokens) - 1} at most, or None"
+                )
+            seq.cached = count
+            return
+
+    # -- after the forward pass --
+
+    def _accept(self, part: Part, logits: np.ndarray) -> None:
+        """Sample what follows; keep drafted tokens as long as they are the sampled ones."""
+        seq, draft = part.seq, part.draft
+        seq.cached += len(part.tokens)
+        if not part.want:
+            if seq.cached == len(seq.tokens):
+                seq.stop = seq.stop or "length"
+            return
+        try:
+            for hook in self.plan.on_logits:
+                hook(seq, draft, logits)
+            for row in range(part.want):
+                token = seq.sampler.sample(logits[row], seq.tokens, seq.n_new)
+                part.accepted.append(token)
+                self._take(seq, token)
+                if seq.stop or row == len(draft) or token != draft[row]:
+                    return
+        finally:
+            if seq.cached >= len(seq.tokens):
+                self._trim(seq, len(seq.tokens) - 1)
+
+    def _take(self, seq: Sequence, token: int) -> None:
+        """Append one token and decide whether it is the last."""
+        seq.tokens.append(token)
+        seq.out.append(token)
+        if "first" not in seq.times:
+            seq.times["first"] = perf_counter()
+            self.figures.time_to_first_token = seq.times["first"] - seq.times["added"]
+        reason = None
+        if token in seq.stop_ids:
+            reason = "eos"
+        elif seq.text is not None and seq.text.push(token):
+            reason = "stop"
+        for place, hook in enumerate(self.plan.on_token):
+            said = hook(seq, token)
+            if said is not None and type(said) is not str:
+                name = self.plan.names["on_token"][place]
+                raise PluginError(
+                    f"{name} returned {said!r:.200} from on_token; it returns a reason (str) or None"
+                )
+            reason = reason or said
+        if reason is None and len(seq.tokens) >= seq.limit:
+            reason = "context" if seq.limit == self.context else "length"
+        seq.stop = seq.stop or reason
+
+    def _trim(self, seq: Sequence, pos: int) -> None:
+        """Forget what is cached from pos on; caches that cannot, or fail to, are made anew and fed again."""
+        try:
+            seq.rollback(pos if all(cache.can_rollback for cache in seq.caches) else 0)
+        except Exception:
+            seq.caches, seq.cached = [make() for make in self.plan.caches], 0
+
+    def finish(self, seq: Sequence) -> None:
+        """Let a sequence go that has a reason to stop, and tell the plugins; a failure becomes its error."""
+        scheduled = self.running.pop(seq, seq) is None
+        seq.times["ended"] = perf_counter()
+        held = [cache for one in (seq, *self.running) for cache in one.caches]
+        self.figures.kv_bytes = max(self.figures.kv_bytes, sum(cache.nbytes for cache in held))
+        if seq.text is not None:
+            seq.text.finish()
+        try:
+            with self.plan.blame:
+                if scheduled:
+                    self.scheduler.remove(seq)
+                self._tell(seq)
+        except Exception as error:
+            seq.error = seq.error or error
+        if seq.error is not None:
+            seq.caches, seq.cached = [], 0
+
+    def _tell(self, seq: Sequence) -> None:
+        if seq.error is None and seq.cached:
+            for hook in self.plan.store_prefix:
+                hook(seq)
+        for hook in self.plan.finish_request:
+            hook(seq.request, seq.new, seq.stop)

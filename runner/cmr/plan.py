@@ -1,0 +1,114 @@
+"""What a session runs, frozen: who provides each seam, the loop's plain calls, the memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import getdoc
+from itertools import groupby
+from typing import Any
+
+from cmr import hookspecs
+from cmr.blame import Blame
+from cmr.discovery import declared, hooks_of
+from cmr.options import options_of
+from cmr.stats import size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes: weights, KV for each token, activations, with `context` tokens at most."""
+
+    weights: int
+    kv_token: int
+    activations: int
+    context: int
+
+    @property
+    def kv(self) -> int:
+        """The bytes of K and V when the context is full."""
+        return self.kv_token * self.context
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a session runs: plain objects and plain callables, each hook's in the order of the command line.
+
+    `caches` has a factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the model's
+    layers. `owners` says who provides a seam, `names` whose a hook's callables are.
+    """
+
+    weights: Any
+    layers: tuple[int, ...]
+    caches: tuple[Callable[[], Any], ...]
+    attend: tuple[Callable[..., None], ...]
+    drafter: Any
+    scheduler: Any
+    owners: dict[str, tuple[str, ...]]
+    names: dict[str, tuple[str, ...]]
+    plugins: dict[str, Any]
+    memory: Memory
+    blame: Blame
+    evidence: frozenset[str] = frozenset()
+    start_session: tuple[Callable[..., Any], ...] = ()
+    prepare_request: tuple[Callable[..., Any], ...] = ()
+    answer_request: tuple[Callable[..., Any], ...] = ()
+    restore_prefix: tuple[Callable[..., Any], ...] = ()
+    on_attention: tuple[Callable[..., Any], ...] = ()
+    on_layer: tuple[Callable[..., Any], ...] = ()
+    on_logits: tuple[Callable[..., Any], ...] = ()
+    on_token: tuple[Callable[..., Any], ...] = ()
+    on_step: tuple[Callable[..., Any], ...] = ()
+    run_idle: tuple[Callable[..., Any], ...] = ()
+    store_prefix: tuple[Callable[..., Any], ...] = ()
+    finish_request: tuple[Callable[..., Any], ...] = ()
+    report: tuple[Callable[..., Any], ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether each token is the one that a plain session gives."""
+        return all(declared(thing, "exact") for thing in self.plugins.values())
+
+
+def explain(plan: Plan) -> Iterator[str]:
+    """Say in lines what each plugin is, who owns each seam and layer, and what memory it all takes."""
+    for name, thing in plan.plugins.items():
+        yield f"{'plugin':14} {spelled(name, thing)}: {_promise(thing)}"
+        summary = (getdoc(type(thing)) or "").partition("\n")[0]
+        yield f"{'':14} {summary} [{', '.join(hooks_of(thing))}]"
+        for key in ("needs", "evidence", "devices", "conflicts"):
+            if declared(thing, key):
+                yield f"{'':14} {key}: {', '.join(declared(thing, key))}"
+    for hook in hookspecs.PLAN:
+        yield f"{hook:14} {_by_layer(plan.owners[hook])}"
+    if len(plan.layers) < len(plan.caches) or list(plan.layers) != sorted(plan.layers):
+        yield f"{'layers':14} {', '.join(map(str, plan.layers))}"
+    for hook in (*hookspecs.REQUEST, *hookspecs.RUNTIME):
+        if plan.names[hook]:
+            yield f"{hook:14} {', '.join(plan.names[hook])}"
+    memory = plan.memory
+    yield (
+        f"{'memory':14} weights {size(memory.weights)}; KV {size(memory.kv_token)} a token, "
+        f"{size(memory.kv)} at {memory.context}; activations {size(memory.activations)}"
+    )
+
+
+def spelled(name: str, thing: Any) -> str:
+    """Write a plugin with its options as on the command line: kv-quant:bits=4,rotate=True."""
+    options = options_of(type(thing))
+    return name + (":" if options else "") + ",".join(f"{key}={getattr(thing, key)}" for key in options)
+
+
+def _promise(thing: Any) -> str:
+    return "exact" if declared(thing, "exact") else "changes tokens"
+
+
+def _by_layer(owners: tuple[str, ...]) -> str:
+    """One owner, or ranges of layers with theirs: '0 built in; 1-21 kv-quant'."""
+    if len(set(owners)) == 1:
+        return owners[0]
+    runs = []
+    for owner, group in groupby(enumerate(owners), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in group]
+        runs.append(f"{layers[0]}{f'-{layers[-1]}' if len(layers) > 1 else ''} {owner}")
+    return "; ".join(runs)

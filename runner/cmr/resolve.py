@@ -1,0 +1,300 @@
+"""Ask the plugins once, before the first token, check what they answer, and freeze it into a Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import pluggy
+
+from cmr import hookspecs
+from cmr.blame import Blame
+from cmr.discovery import declared
+from cmr.errors import ModelError, PluginError
+from cmr.hookspecs import hookimpl
+from cmr.kvcache import AttnRule, LayerCache
+from cmr.plan import Memory, Plan
+
+BUILT_IN = "built in"
+NEEDS = ("tokenizer", "chat_template")
+ATTEND = ("q", "cache", "q_pos", "out", "prompt")
+
+METHODS = {
+    "weight_source": ("acquire", "release"),
+    "kv_cache": ("append", "attend", "keep", "rollback", "snapshot", "restore", "view", "__len__"),
+    "drafter": ("propose",),
+    "scheduler": ("add", "pick", "remove"),
+}
+
+
+class _Defaults:
+    """What the model does by itself, as the last one asked at each seam; `reached` tells whether it was."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.reached = model, False
+        self.makers = [LayerCache.factory(model, layer) for layer in range(model.n_layers)]
+
+    @hookimpl(trylast=True)
+    def weight_source(self) -> Any:
+        self.reached = True
+        return self.model.weights
+
+    @hookimpl(trylast=True)
+    def layer_order(self) -> range:
+        self.reached = True
+        return range(self.model.n_layers)
+
+    @hookimpl(trylast=True)
+    def kv_cache(self, layer: int) -> Callable[[], LayerCache]:
+        self.reached = True
+        return self.makers[layer]
+
+    @hookimpl(trylast=True)
+    def attention(self, layer: int) -> AttnRule:
+        self.reached = True
+        return self.model.rule(layer)
+
+
+def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None) -> Plan:
+    """Ask every hook once and return the Plan; PluginError names who clashes, lacks or answers wrongly.
+
+    No weight is read. `context` is the number of tokens that memory is predicted for (default: the model's).
+    """
+    plugins = dict(reversed(pm.list_name_plugin()))
+    blame = Blame()
+    for name, thing in plugins.items():
+        blame.learn(name, thing)
+        _check_declarations(name, thing, model)
+    _check_owners(pm)
+    defaults = _Defaults(model)
+    pm.register(defaults, name=BUILT_IN)
+    try:
+        with blame:
+            return _Asking(pm, model, defaults, blame, plugins).plan(context or model.config.n_ctx)
+    finally:
+        pm.unregister(defaults)
+
+
+class _Asking:
+    """One round of questions: holds who was asked and who answered."""
+
+    def __init__(
+        self, pm: Any, model: Any, defaults: _Defaults, blame: Blame, plugins: dict[str, Any]
+    ) -> None:
+        self.pm, self.model, self.defaults, self.blame, self.plugins = pm, model, defaults, blame, plugins
+        self.owners: dict[str, tuple[str, ...]] = {}
+
+    def plan(self, context: int) -> Plan:
+        """Ask for everything and put the answers together."""
+        weights = self.ask("weight_source")
+        layers = self._layers()
+        caches, samples = self._caches(layers)
+        attend = tuple(self._attend(layer) for layer in range(self.model.n_layers))
+        drafter, scheduler = self.ask("drafter"), self.ask("scheduler")
+        evidence = self._evidence(layers, samples)
+        if drafter is not None:
+            self._need_rollback(layers, samples)
+        runtime = {hook: self._calls(hook) for hook in (*hookspecs.REQUEST, *hookspecs.RUNTIME)}
+        kv_token = sum(samples[layer].token_bytes for layer in layers)
+        resident = getattr(weights, "resident_bytes", self.model.file.nbytes)
+        return Plan(
+            weights=weights,
+            layers=layers,
+            caches=caches,
+            attend=attend,
+            drafter=drafter,
+            scheduler=scheduler,
+            owners=self.owners,
+            names={hook: tuple(name for name, _ in calls) for hook, calls in runtime.items()},
+            plugins=self.plugins,
+            memory=Memory(resident, kv_token, 0, context),
+            blame=self.blame,
+            evidence=evidence,
+            **{hook: tuple(call for _, call in calls) for hook, calls in runtime.items()},
+        )
+
+    def ask(self, hook: str, **where: Any) -> Any:
+        """Return the answer at one seam, with the methods it must have, and note whose it is."""
+        self.defaults.reached = False
+        answer = getattr(self.pm.hook, hook)(model=self.model, **where)
+        impls = getattr(self.pm.hook, hook).get_hookimpls()
+        owner = next(
+            (impl.plugin_name for impl in impls if not _wraps(impl) and impl.plugin_name != BUILT_IN),
+            BUILT_IN,
+        )
+        if answer is None or self.defaults.reached:
+            owner = BUILT_IN
+        wrappers = [impl.plugin_name for impl in impls if _wraps(impl)]
+        self.owners[hook] = (*self.owners.get(hook, ()), ", wrapped by ".join([owner, *wrappers]))
+        names = [owner] * (owner != BUILT_IN) + wrappers
+        if answer is not None and names:
+            self.blame.learn(names[-1], answer)
+            if hook not in ("kv_cache", "attention", "layer_order"):
+                _need_methods(self.owner(hook), hook, answer)
+        return answer
+
+    def owner(self, hook: str) -> str:
+        """Who gave the latest answer at a seam."""
+        return self.owners[hook][-1]
+
+    def _layers(self) -> tuple[int, ...]:
+        answer, every = self.ask("layer_order"), range(self.model.n_layers)
+        try:
+            layers = tuple(int(layer) for layer in answer)
+        except (TypeError, ValueError):
+            layers = ()
+        if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(every):
+            raise PluginError(
+                f"{self.owner('layer_order')} returned {answer!r} from layer_order; "
+                f"it returns layers of 0 to {len(every) - 1}, each once"
+            )
+        return layers
+
+    def _caches(self, layers: tuple[int, ...]) -> tuple[tuple[Callable[[], Any], ...], list[Any]]:
+        """A factory for each layer, and what each of them made when it was tried."""
+        makers, samples = [], []
+        for layer in range(self.model.n_layers):
+            make = self.ask("kv_cache", layer=layer)
+            owner = self.owner("kv_cache")
+            self._check_kind(owner, "kv_cache", layer)
+            if not callable(make):
+                raise PluginError(
+                    f"{owner} returned {make!r} from kv_cache for layer {layer}; "
+                    "it returns a function without arguments that makes a LayerCache"
+                )
+            try:
+                sample = make()
+            except Exception as error:
+                raise PluginError(
+                    f"{owner}: the cache of layer {layer} cannot be made: {type(error).__name__}: {error}"
+                ) from error
+            _need_methods(owner, "kv_cache", sample)
+            if owner != BUILT_IN:
+                self.blame.learn(owner.rpartition(" ")[2], sample)
+            makers.append(make)
+            samples.append(sample)
+        return tuple(makers), samples
+
+    def _attend(self, layer: int) -> Callable[..., None]:
+        """What runs a layer's attention: the cache under a rule, or a plugin's function under guard."""
+        answer, own = self.ask("attention", layer=layer), self.model.rule(layer)
+        owner = self.owner("attention")
+        self._check_kind(owner, "attention", layer)
+        if isinstance(answer, AttnRule):
+            whole = replace(answer, scale=answer.scale or own.scale, softcap=answer.softcap or own.softcap)
+            return whole.attend
+        if callable(answer):
+            return _guarded(answer, owner, layer)
+        raise PluginError(
+            f"{owner} returned {answer!r} from attention for layer {layer}; "
+            f"it returns an AttnRule or a function of {', '.join(ATTEND)}"
+        )
+
+    def _check_kind(self, owner: str, hook: str, layer: int) -> None:
+        """Refuse a plugin that took a layer of a kind that it does not declare."""
+        kinds = getattr(self.model.config, "layer_kinds", None)
+        if kinds is None or owner not in self.plugins:
+            return
+        served = declared(self.plugins[owner], "layer_kinds")
+        if kinds[layer] not in served:
+            raise PluginError(
+                f"{owner} serves {' and '.join(served)} layers ({hook}), "
+                f"and layer {layer} of this model is {kinds[layer]}"
+            )
+
+    def _evidence(self, layers: tuple[int, ...], samples: list[Any]) -> frozenset[str]:
+        """What attention must hand out; refused where a layer's cache cannot."""
+        wanted = {name: set(declared(thing, "evidence")) for name, thing in self.plugins.items()}
+        for name, kinds in wanted.items():
+            for layer in layers:
+                missing = kinds - set(samples[layer].evidence) if kinds else set()
+                if missing:
+                    owner = self.owners["kv_cache"][layer]
+                    raise PluginError(
+                        f"{name} needs {' and '.join(sorted(missing))} from attention, "
+                        f"and the cache of layer {layer} ({owner}) does not give it"
+                    )
+        return frozenset().union(*wanted.values())
+
+    def _need_rollback(self, layers: tuple[int, ...], samples: list[Any]) -> None:
+        for layer in layers:
+            if not samples[layer].can_rollback:
+                raise PluginError(
+                    f"{self.owner('drafter')} needs to roll caches back, "
+                    f"and that of layer {layer} ({self.owners['kv_cache'][layer]}) cannot"
+                )
+
+    def _calls(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
+        """The implementations of a hook as (plugin, plain function), in the order of the command line."""
+        caller = getattr(self.pm.hook, hook)
+        wanted = caller.spec.argnames
+        impls = reversed(caller.get_hookimpls())
+        return [(impl.plugin_name, _reordered(impl.function, impl.argnames, wanted)) for impl in impls]
+
+
+def _check_declarations(name: str, thing: Any, model: Any) -> None:
+    """Refuse a plugin whose declared devices or needs this model does not meet."""
+    devices = declared(thing, "devices")
+    if devices and model.ops.name not in devices:
+        raise PluginError(f"{name} works on {' and '.join(devices)}, and this model runs on {model.ops.name}")
+    for need in declared(thing, "needs"):
+        if need not in NEEDS:
+            raise PluginError(f"{name} declares a need for {need!r}; there are: {', '.join(NEEDS)}")
+        try:
+            found = getattr(model, need) is not None
+        except ModelError:
+            found = False
+        if not found:
+            raise PluginError(f"{name} needs a {need.replace('_', ' ')}, and this model has none")
+
+
+def _check_owners(pm: pluggy.PluginManager) -> None:
+    for hook in hookspecs.PLAN:
+        impls = reversed(getattr(pm.hook, hook).get_hookimpls())
+        names = [impl.plugin_name for impl in impls if not _wraps(impl)]
+        if len(names) > 1:
+            raise PluginError(f"{' and '.join(names)} both provide {hook}; choose one")
+
+
+def _wraps(impl: Any) -> bool:
+    return impl.wrapper or impl.hookwrapper
+
+
+def _need_methods(owner: str, hook: str, answer: Any) -> None:
+    missing = [name for name in METHODS[hook] if not callable(getattr(answer, name, None))]
+    if missing:
+        raise PluginError(f"{owner} returned {answer!r} from {hook}, which has no {' and no '.join(missing)}")
+
+
+def _guarded(function: Callable[..., Any], owner: str, layer: int) -> Callable[..., None]:
+    """Call a plugin's attend with the arguments it takes; check and copy what it returns, if it does."""
+    takes = list(signature(function).parameters)
+    unknown = [name for name in takes if name not in ATTEND]
+    if unknown:
+        raise PluginError(f"{owner}: attend has no argument {unknown[0]!r}; there are: {', '.join(ATTEND)}")
+    call, writes = _reordered(function, takes, ATTEND), "out" in takes
+
+    def attend(q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
+        result = call(q, cache, q_pos, out, prompt)
+        if result is None and writes:
+            return
+        shape = np.shape(result)
+        if shape != out.shape or not np.can_cast(np.asarray(result).dtype, out.dtype, "same_kind"):
+            found = f"an array {list(shape)}" if shape else repr(result)
+            raise PluginError(
+                f"{owner}: attend of layer {layer} returned {found}; floats {list(out.shape)} are wanted"
+            )
+        out[...] = result
+
+    return attend
+
+
+def _reordered(function: Callable[..., Any], takes: Any, given: Any) -> Callable[..., Any]:
+    """A function that is given all arguments in order and passes on those that `function` takes."""
+    if tuple(takes) == tuple(given):
+        return function
+    places = [tuple(given).index(name) for name in takes]
+    return lambda *args: function(*[args[i] for i in places])

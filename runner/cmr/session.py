@@ -1,0 +1,205 @@
+"""A model with its plugins attached, which takes requests and gives back tokens, text and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from cmr.admission import admit, check_words, make_request, refuse_unknown
+from cmr.discovery import load, read_profile
+from cmr.errors import PluginError, RequestError
+from cmr.loop import Loop
+from cmr.plan import Plan
+from cmr.resolve import resolve
+from cmr.scheduler import Fifo
+from cmr.sequence import Request, Sequence
+from cmr.stats import rate, token_bytes
+
+LIMITS = ("chunk", "context")
+
+
+class Text:
+    """The text of one request as it comes: an iterator of pieces; `seq` is its Sequence."""
+
+    def __init__(self, seq: Sequence, pieces: Iterator[str]) -> None:
+        self.seq, self._pieces = seq, pieces
+
+    @property
+    def stop(self) -> str | None:
+        """Why it ended: eos, stop, length, context, cancelled, answered, error or a plugin's reason."""
+        return self.seq.stop
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+
+class Session:
+    """A model with a plan, ready to take requests; for one thread.
+
+    `chunk` is the most prompt rows in a step, `context` the most tokens of a sequence (None: the model's),
+    `defaults` are request options that text() and request() begin from.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        chunk: int = 512,
+        context: int | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.plan, self.defaults = model, plan, defaults or {}
+        self.context = context or model.config.n_ctx
+        self.loop = Loop(model, plan, plan.scheduler or Fifo(chunk), self.context)
+        self._idle = list(plan.run_idle)
+        for hook in plan.start_session:
+            with plan.blame:
+                hook(self)
+
+    @classmethod
+    def open(cls, model: Any, plugins: Any = (), profile: Any = None, **limits: Any) -> Session:
+        """Attach plugins (texts or objects, or what discovery.load gave) and a TOML profile to a model.
+
+        Limits are `chunk` and `context`, as in the constructor. Raises PluginError or RequestError for
+        anything that cannot be honoured, before a weight is read.
+        """
+        if isinstance(profile, str | Path):
+            profile = read_profile(profile)
+        pm = plugins if isinstance(plugins, pluggy.PluginManager) else load(plugins, profile)
+        options = dict(profile.options) if profile else {}
+        limits = {name: options.pop(name) for name in LIMITS if name in options} | limits
+        refuse_unknown(limits, LIMITS, "a session has no limit")
+        check_words(options)
+        for name, value in limits.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise RequestError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        most = model.config.n_ctx
+        if (limits.get("context") or 0) > most:
+            raise RequestError(
+                f"context {limits['context']} is more than the {most} that the model is open for"
+            )
+        return cls(model, resolve(pm, model, limits.get("context")), defaults=options, **limits)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is under way."""
+        for seq in list(self.loop.running):
+            self.cancel(seq)
+
+    # -- requests --
+
+    def request(self, prompt: str | list[int], **options: Any) -> Request:
+        """Make a Request; options are fields of Request and SamplerSettings, and win over the profile's."""
+        return make_request(prompt, self.defaults | options)
+
+    def text(self, prompt: str | list[int], **options: Any) -> Text:
+        """Start the answer to a prompt and return it as pieces of text; options as in request().
+
+        `after=earlier.seq` uses the KV of an earlier answer again as far as the tokens are the same. Raises
+        RequestError before anything runs.
+        """
+        seq = admit(self, self.request(prompt, **options), text=True)
+        return Text(seq, self._pieces(seq))
+
+    def generate(self, request: Request) -> Iterator[int]:
+        """Return the tokens of a request as they come; raises RequestError before anything runs."""
+        seq = admit(self, request)
+        return (token for _, token in self._tokens([seq]))
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int]]:
+        """Return (request, token) of many requests as the scheduler runs them.
+
+        All are checked before anything runs. If one fails later, the others finish before its error is
+        raised.
+        """
+        return self._tokens([admit(self, request) for request in requests])
+
+    def add(self, request: Request, text: bool = False) -> Sequence:
+        """Take a request in for step() to run; seq.out gathers tokens, seq.text.pieces (if text) pieces."""
+        seq = admit(self, request, text)
+        if seq.stop is None:
+            self.loop.add(seq)
+        return seq
+
+    def cancel(self, seq: Sequence) -> None:
+        """End a sequence now, or after the step that is under way."""
+        self.loop.cancel(seq)
+
+    def step(self) -> bool:
+        """Run one step; return whether anything is still under way."""
+        if self.loop.figures.steps:
+            self.idle()
+        if self.loop.running:
+            self.loop.step()
+        return bool(self.loop.running)
+
+    def idle(self) -> None:
+        """Let plugins do a little background work; one that fails is not asked again."""
+        for hook in list(self._idle):
+            try:
+                with self.plan.blame:
+                    hook(self)
+            except Exception:
+                self._idle.remove(hook)
+                raise
+
+    def report(self) -> dict[str, Any]:
+        """Return the session's figures (tokens, seconds, bytes), and those of each plugin under its name."""
+        figures = self.loop.figures
+        said = figures.as_dict()
+        said["weight_bytes"] = token_bytes(self.model.file)
+        said["weight_bytes_rate"] = rate(said["weight_bytes"] * figures.decode_steps, figures.decode_seconds)
+        for name, hook in zip(self.plan.names["report"], self.plan.report):
+            with self.plan.blame:
+                answer = hook(self)
+            if not isinstance(answer, dict):
+                raise PluginError(f"{name} returned {answer!r:.200} from report; it returns a dict")
+            said[name] = answer
+        return said
+
+    # -- from sequences to their consumers --
+
+    def _run(self, seqs: list[Sequence]) -> Iterator[None]:
+        """Step until all of these have ended, pausing after each step; cancel those nobody waits for."""
+        try:
+            for seq in seqs:
+                if seq.stop is None:
+                    self.loop.add(seq)
+            yield
+            while any(seq.stop is None for seq in seqs):
+                self.step()
+                yield
+        finally:
+            for seq in seqs:
+                self.cancel(seq)
+
+    def _tokens(self, seqs: list[Sequence]) -> Iterator[tuple[Request, int]]:
+        for _ in self._run(seqs):
+            for seq in seqs:
+                while seq.out:
+                    yield seq.request, seq.out.popleft()
+        _raise_first(seqs)
+
+    def _pieces(self, seq: Sequence) -> Iterator[str]:
+        for _ in self._run([seq]):
+            while seq.text.pieces:
+                yield seq.text.pieces.popleft()
+        _raise_first([seq])
+
+
+def _raise_first(seqs: list[Sequence]) -> None:
+    """Raise the first failure among sequences that have ended."""
+    for seq in seqs:
+        if seq.error is not None:
+            raise seq.error

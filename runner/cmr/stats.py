@@ -1,0 +1,77 @@
+"""Figures of a session: tokens, seconds and bytes, and how people read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Figures:
+    """Counts and seconds of a session; a mixed step's time is divided in proportion to its rows."""
+
+    requests: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    decode_tokens: int = 0
+    decode_steps: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    time_to_first_token: float | None = None
+    kv_bytes: int = 0
+
+    def count(self, step: Any, seconds: float) -> None:
+        """Add one finished step, which took so many seconds from picking to acceptance."""
+        self.steps += 1
+        share = step.n_prompt / len(step.tokens)
+        self.prompt_tokens += step.n_prompt
+        self.prompt_seconds += seconds * share
+        self.decode_seconds += seconds * (1 - share)
+        self.decode_steps += 1 - share
+        for part in step.parts:
+            gained = len(part.accepted)
+            self.tokens += gained
+            if not part.prompt:
+                self.decode_tokens += gained
+                self.drafted += len(part.draft)
+                self.accepted += max(0, gained - 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts, and tokens a second for prompts and for decoding (0 where nothing was timed)."""
+        return {
+            "requests": self.requests,
+            "steps": self.steps,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "time_to_first_token": self.time_to_first_token,
+            "prompt_tps": rate(self.prompt_tokens, self.prompt_seconds),
+            "decode_tps": rate(self.decode_tokens, self.decode_seconds),
+            "prompt_seconds": self.prompt_seconds,
+            "decode_seconds": self.decode_seconds,
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+def rate(count: float, seconds: float) -> float:
+    """Return count per second, 0 where no time passed."""
+    return count / seconds if seconds > 0 else 0.0
+
+
+def token_bytes(file: Any) -> int:
+    """Return the bytes of weights that a generated token reads: all but a table that is only looked up."""
+    looked_up = "token_embd.weight" if "output.weight" in file.tensors else None
+    return sum(tensor.nbytes for name, tensor in file.tensors.items() if name != looked_up)
+
+
+def size(count: float) -> str:
+    """Say a number of bytes in the largest unit that keeps it above one: 512 B, 1.5 kB, 4.37 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
