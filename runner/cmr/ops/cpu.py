@@ -22,6 +22,17 @@ from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
 from cmr.quants import FORMATS, row_bytes
 
 Part = tuple[Matrix, np.ndarray | None]
+JOBS = {
+    "project": jobs.PROJECT,
+    "glu": jobs.GLU,
+    "norm_rows": jobs.NORM_ROWS,
+    "rope_rows": jobs.ROPE_ROWS,
+    "finish_rows": jobs.FINISH_ROWS,
+    "softcap_rows": jobs.SOFTCAP_ROWS,
+    "store_rows": jobs.STORE_ROWS,
+    "attend_decode": attend.DECODE,
+    "attend_prompt": attend.PROMPT,
+}
 KEPT_CALLS = 8192
 SMALL_WORK = 32768  # elements below which one thread is faster than waking others
 
@@ -37,11 +48,11 @@ def processors() -> int:
 
 
 class Fields:
-    """A row of int64 fields that a job reads, at a fixed address."""
+    """The int64 fields that a job reads, at a fixed address."""
 
-    def __init__(self, count: int) -> None:
-        self._memory = np.zeros(count, np.int64)
-        self._pack = struct.Struct(f"<{count}q").pack_into
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._memory = np.zeros(len(names), np.int64)
+        self._pack = struct.Struct(f"<{len(names)}q").pack_into
         self.address = self._memory.ctypes.data
 
     def set(self, *values: int) -> int:
@@ -85,7 +96,7 @@ class CpuOps:
         self._calls: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._norms: dict[int, tuple[Norm | None, np.ndarray]] = {}
         self._pieces: dict[str, np.ndarray] = {}
-        self._product, self._rows, self._attend = Fields(20), Fields(11), Fields(len(attend.FIELDS))
+        self._fields = {name: Fields(names) for name, names in JOBS.items()}
         self._x, self._y, self._space, self._partials = Scratch(), Scratch(), Scratch(), Scratch()
         self._one = float_bits(1.0)
 
@@ -97,23 +108,22 @@ class CpuOps:
     # -- kernels --
 
     def kernel(self, key: str) -> int:
-        """The address of a kernel ("gemv:Q4_K:1") or job ("project"), compiled now if need be."""
+        """The address of a kernel ("gemv:Q4_K:1", "project"), compiled now if need be."""
         found = self._addresses.get(key)
         if found is None:
             from time import perf_counter
 
             begun = perf_counter()
-            make = jobs.compile_job if key in jobs.JOBS else compile_kernel
-            compiled = self._kernels[key] = make(key)
+            compiled = self._kernels[key] = compile_kernel(key)
             found = self._addresses[key] = compiled.address
             if self.compiling is not None:
                 self.compiling(key, perf_counter() - begun, compiled.cache_hits > 0)
         return found
 
-    def _run(self, job: str, fields: int, work: int, prompt: bool = False, counters: int = 0) -> None:
+    def _run(self, job: str, work: int, fields: tuple[int, ...], prompt: bool = False, counters: int = 0) -> None:
         """Run a job on as many threads as its work (in elements) is worth."""
         team = 1 if work < SMALL_WORK else (self.prompt_threads if prompt else self.threads)
-        self._pool.run(self.kernel(job), fields, team, counters)
+        self._pool.run(self.kernel(job), self._fields[job].set(*fields), team, counters)
 
     # -- records --
 
@@ -129,6 +139,8 @@ class CpuOps:
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         count = math.prod(tensor.shape)
+        if FORMATS[tensor.type].name == "F32":
+            return tensor.data.view(np.float32).copy()
         out = np.empty(count, np.float32)
         row = np.zeros(1, np.int64)
         dequant_rows(tensor.type)(
@@ -173,25 +185,15 @@ class CpuOps:
         self._ready(call, n, n_prompt)
         _, table, address, total, columns, quantized, biased, _ = call
         direct = not (add or biased or scale != 1.0)
-        y_stride = 4 * (column + total)
-        self._pool.run(
-            self.kernel("project"),
-            self._product.set(
-                *self._input(x, x_column, columns, n, n_prompt, norm, quantized),
-                *self._room(n_prompt),
-                address,
-                len(table),
-                out.addr,
-                4 * out.cols,
-                add,
-                self._one if scale == 1.0 else float_bits(scale),
-                direct,
-                0 if direct else self._y.reach(n * y_stride),
-                y_stride,
-            ),
-            self._team(n, n_prompt),
-            len(table),
+        y_stride = 0 if direct else 4 * (column + total)
+        fields = self._fields["project"].set(
+            *self._input(x, x_column, columns, n, n_prompt, norm, quantized),
+            *self._room(n_prompt),
+            *(address, len(table), out.addr, 4 * out.cols, self._y.reach(n * y_stride), y_stride),
+            *(self.kernel("normalize"), self.kernel("quantize"), self.kernel("finish")),
+            *(add, self._one if scale == 1.0 else float_bits(scale), direct),
         )
+        self._pool.run(self.kernel("project"), fields, self._team(n, n_prompt), len(table))
 
     def glu(
         self,
@@ -208,24 +210,13 @@ class CpuOps:
         self._ready(call, n, n_prompt)
         _, table, address, _, columns, quantized, _, _ = call
         y_stride = 4 * gate[0].rows
-        self._pool.run(
-            self.kernel("glu"),
-            self._product.set(
-                *self._input(x, 0, columns, n, n_prompt, norm, quantized),
-                *self._room(n_prompt),
-                address,
-                2,
-                out.addr,
-                4 * out.cols,
-                self.kernel(f"gate:{act}"),
-                0,
-                0,
-                self._y.reach(n * y_stride),
-                y_stride,
-            ),
-            self._team(n, n_prompt),
-            1,
+        fields = self._fields["glu"].set(
+            *self._input(x, 0, columns, n, n_prompt, norm, quantized),
+            *self._room(n_prompt),
+            *(address, 2, out.addr, 4 * out.cols, self._y.reach(n * y_stride), y_stride),
+            *(self.kernel("normalize"), self.kernel("quantize"), self.kernel(f"gate:{act}")),
         )
+        self._pool.run(self.kernel("glu"), fields, self._team(n, n_prompt), 1)
 
     def _team(self, n: int, n_prompt: int) -> int:
         return self.prompt_threads if n_prompt else self.threads
@@ -315,11 +306,11 @@ class CpuOps:
         self, x: Buffer, n: int, column: int, heads: int, dim: int, norm: Norm, out: Buffer, add: bool, scale: float
     ) -> None:
         step = 4 * dim if norm.weight.ndim == 2 and norm.weight.shape[0] > 1 else 0
-        fields = self._rows.set(
+        fields = (
             *(x.addr + 4 * column, 4 * x.cols, heads, dim, self._norm(norm), step),
-            *(out.addr + 4 * column, 4 * out.cols, n, add, float_bits(scale)),
+            *(out.addr + 4 * column, 4 * out.cols, n, add, float_bits(scale), self.kernel("normalize")),
         )
-        self._run("norm_rows", fields, n * heads * dim)
+        self._run("norm_rows", n * heads * dim, fields)
 
     def rope(
         self,
@@ -336,22 +327,22 @@ class CpuOps:
             return
         pos = np.ascontiguousarray(pos, np.int32)
         table.reach(int(pos.max()) + 1)
-        fields = self._rows.set(
+        fields = (
             *(x.addr + 4 * column, 4 * x.cols, heads, dim, pos.ctypes.data),
             *(table.cos.ctypes.data, table.sin.ctypes.data, table.rot // 2, n),
-            *(self.kernel(f"rope:{pairing}"), 0),
+            self.kernel(f"rope:{pairing}"),
         )
-        self._run("rope_rows", fields, n * heads * dim)
+        self._run("rope_rows", n * heads * dim, fields)
 
     def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:
-        fields = self._rows.set(x.addr, 4 * x.cols, x.cols, out.addr, 4 * out.cols, n, float_bits(scale), 0, 0, 0, 0)
-        self._run("finish_rows", fields, n * x.cols)
+        fields = (x.addr, 4 * x.cols, x.cols, out.addr, 4 * out.cols, n, float_bits(scale))
+        self._run("finish_rows", n * x.cols, fields)
 
     def finish_logits(self, x: Buffer, n: int, scale: float, cap: float) -> None:
         if scale == 1.0 and cap <= 0:
             return
-        fields = self._rows.set(x.addr, 4 * x.cols, x.cols, n, float_bits(scale), float_bits(cap), 0, 0, 0, 0, 0)
-        self._run("softcap_rows", fields, n * x.cols)
+        fields = (x.addr, 4 * x.cols, x.cols, n, float_bits(scale), float_bits(cap))
+        self._run("softcap_rows", n * x.cols, fields)
 
     # -- attention --
 
@@ -370,12 +361,12 @@ class CpuOps:
         first = used if isinstance(used, int) else 0
         for target, source in ((k, k_new), (v, v_new)):
             dim = target.shape[2]
-            fields = self._rows.set(
+            fields = (
                 *(target.__array_interface__["data"][0], target.strides[0], first, by_head),
                 *(source.__array_interface__["data"][0], source.strides[0], source.strides[1]),
                 *(n, len(target), dim, target.itemsize),
             )
-            self._run("store_rows", fields, n * len(target) * dim)
+            self._run("store_rows", n * len(target) * dim, fields)
         if by_head:
             for head, start in enumerate(used.tolist()):  # type: ignore[union-attr]
                 pos_arr[head, start : start + n] = pos
@@ -405,30 +396,54 @@ class CpuOps:
         half = int(k.itemsize == 2)
         q_pos = np.ascontiguousarray(q_pos, np.int32)
         scale = 1 / math.sqrt(dim) if rule.scale is None else rule.scale
-        if prompt:
-            tile, pieces, partials = attend.prompt_tokens(group), 0, 0
-            each = attend.prompt_scratch_bytes(group, dim, dim_v)
-            keys = (f"load_tile:{half}:1", "small_gemm:4:0", f"load_tile:{half}:0", f"small_gemm:{blocks}:1")
-        else:
-            tile = 4 if n * group > 2 else n * group
-            pieces = max(1, -(-most // attention.PIECE))
-            partials = self._partials.reach(n * heads * pieces * attend.piece_bytes(dim_v))
-            each = attend.decode_scratch_bytes(dim_v)
-            keys = (f"scores:{tile}:{half}", f"mix:{tile}:{blocks}:{half}")
-        each = (each + 63) // 64 * 64
-        kernels = [*(self.kernel(key) for key in keys), 0, 0][:4]
-        fields = self._attend.set(
+        shared = (
             *(q.__array_interface__["data"][0], q.strides[0], n, heads, len(k), dim, dim_v),
-            *(k.__array_interface__["data"][0], k.strides[0], v.__array_interface__["data"][0], v.strides[0]),
+            *(k.__array_interface__["data"][0], k.strides[0]),
+            *(v.__array_interface__["data"][0], v.strides[0], k.itemsize),
             *(kv_pos.__array_interface__["data"][0], kv_pos.strides[0] if kv_pos.ndim == 2 else 0),
             *(most, 0 if isinstance(used, int) else used.ctypes.data, q_pos.__array_interface__["data"][0]),
             *(rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
-            *(out.__array_interface__["data"][0], out.strides[0], partials, pieces),
-            *(self._space.reach(each * self._pool.threads), each, k.itemsize, tile),
-            *(*kernels, blocks),
+            *(out.__array_interface__["data"][0], out.strides[0]),
         )
-        job = "attend_prompt" if prompt else "attend_decode"
-        self._run(job, fields, n * heads * dim * most, prompt, 1)
+        work = n * heads * dim * most
+        if prompt:
+            self._attend_prompt(shared, work, group, dim, dim_v, half, blocks)
+        else:
+            self._attend_decode(shared, work, n, heads, group, most, dim_v, half, blocks)
+
+    def _attend_prompt(
+        self, shared: tuple[int, ...], work: int, group: int, dim: int, dim_v: int, half: int, blocks: int
+    ) -> None:
+        keys = (f"load_tile:{half}:1", "small_gemm:4:0", f"load_tile:{half}:0", f"small_gemm:{blocks}:1")
+        scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
+        pieces = (*(self.kernel(key) for key in keys), blocks, self.kernel("scale_row"))
+        fields = (*shared, *scratch, attend.prompt_tokens(group), self.kernel("softmax"), *pieces)
+        self._run("attend_prompt", work, fields, True, 1)
+
+    def _attend_decode(
+        self,
+        shared: tuple[int, ...],
+        work: int,
+        n: int,
+        heads: int,
+        group: int,
+        most: int,
+        dim_v: int,
+        half: int,
+        blocks: int,
+    ) -> None:
+        tile = min(4, 1 << (n * group - 1).bit_length())
+        pieces = max(1, -(-most // attention.PIECE))
+        partials = self._partials.reach(n * heads * pieces * attend.piece_bytes(dim_v))
+        kernels = (self.kernel(f"scores:{tile}:{half}"), self.kernel(f"mix:{tile}:{blocks}:{half}"))
+        scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
+        fields = (*shared, *scratch, tile, self.kernel("softmax"), partials, pieces, *kernels)
+        self._run("attend_decode", work, fields, False, 1)
+
+    def _threads_scratch(self, each: int) -> tuple[int, int]:
+        """Scratch for every thread: address and bytes for each."""
+        each = (each + 63) // 64 * 64
+        return self._space.reach(each * self._pool.threads), each
 
     def _attend_padded(
         self,

@@ -1,21 +1,21 @@
 """The two attention jobs: generated tokens and prompts (see attention.py for the arithmetic)."""
 
-from . import atoms, attention  # noqa: F401  (registers their emitters)
-from .attention import PIECE, TILE
-from .emit import emit, inner, invoke
-from .jobs import field, job
-from .threads import COUNTERS, barrier
+from __future__ import annotations
 
-FIELDS = (
-    *("q", "q_stride", "n", "heads", "kv_heads", "dim", "dim_v", "k", "k_stride", "v", "v_stride"),
+from . import attention  # noqa: F401  (registers its emitters)
+from .attention import PIECE, TILE
+from .emit import call_kernel, emitter, write
+from .jobs import read_fields
+from .threads import COUNTERS, draw
+from .vector import I32, I64
+
+SHARED = (
+    *("q", "q_stride", "n", "heads", "kv_heads", "dim", "dim_v", "k", "k_stride", "v", "v_stride", "size"),
     *("positions", "positions_stride", "used", "used_by_head", "q_pos", "window", "sinks", "scale", "cap"),
-    *("out", "out_stride", "partials", "pieces", "scratch", "scratch_stride", "size", "tile"),
-    *("first", "second", "third", "fourth", "blocks"),
+    *("out", "out_stride", "scratch", "scratch_stride", "tile", "softmax"),
 )
-Q, Q_STRIDE, N, HEADS, KV_HEADS, DIM, DIM_V, K, K_STRIDE, V, V_STRIDE = range(0, 88, 8)
-POSITIONS, POSITIONS_STRIDE, USED, USED_BY_HEAD, Q_POS, WINDOW, SINKS, SCALE, CAP = range(88, 160, 8)
-OUT, OUT_STRIDE, PARTIALS, PIECES, SCRATCH, SCRATCH_STRIDE, SIZE, TILE_SIZE = range(160, 224, 8)
-FIRST, SECOND, THIRD, FOURTH, BLOCKS = range(224, 264, 8)
+DECODE = (*SHARED, "partials", "pieces", "scores", "mix")
+PROMPT = (*SHARED, "load_keys", "multiply", "load_values", "multiply_add", "blocks", "scale_row")
 PROMPT_VECTORS = 64
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32
 
@@ -41,166 +41,203 @@ def prompt_scratch_bytes(group, dim, dim_v):
     return 4 * (m * (dim + dim_v + TILE + 2) + TILE * (dim + dim_v)) + 512
 
 
-@inner
-def _count(argument, head):
-    by_head = field(argument, USED_BY_HEAD)
-    if by_head != 0:
-        return emit("load_i32", (by_head + 4 * head,))
-    return field(argument, USED)
+class _View:
+    """The fields of a job and what follows from them."""
+
+    def __init__(self, v, argument, names):
+        self.v, self.f = v, read_fields(v, argument, names)
+        self.group = v.divide(self.f["heads"], self.f["kv_heads"])
+
+    def int32(self, address, index):
+        return self.v.b.sext(self.v.load(self.v.add(address, self.v.mul(index, 4)), I32), I64)
+
+    def used(self, head):
+        """How many slots a key head has."""
+        v, slot = self.v, self.v.variable(self.f["used"])
+        with v.when(v.compare(self.f["used_by_head"], "!=", 0)):
+            v.set(slot, self.int32(self.f["used_by_head"], head))
+        return v.get(slot)
+
+    def positions(self, head):
+        return self.v.add(self.f["positions"], self.v.mul(head, self.f["positions_stride"]))
+
+    def query(self, row, head, base="q", width="dim"):
+        """The address of a head of a row of the queries, or of the output."""
+        v, f = self.v, self.f
+        return v.add(f[base], v.mul(row, f[base + "_stride"]), v.mul(v.mul(head, f[width]), 4))
+
+    def row(self, base, head, slot, width):
+        """The address of a slot's key or value."""
+        v, f = self.v, self.f
+        return v.add(f[base], v.mul(head, f[base + "_stride"]), v.mul(v.mul(slot, f[width]), f["size"]))
+
+    def out_of_window(self, positions, start, count, q_pos):
+        """Whether no query from q_pos on sees any of these slots for being too far back."""
+        v, f = self.v, self.f
+        last = self.int32(positions, v.sub(v.add(start, count), 1))
+        far = v.compare(last, "<=", v.sub(q_pos, f["window"]))
+        late = v.compare(self.int32(positions, start), ">=", f["sinks"])
+        return v.b.and_(v.compare(f["window"], "!=", 0), v.b.and_(far, late))
+
+    def softmax(self, row, positions, count, q_pos, state, factor):
+        f = self.f
+        rule = (f["window"], f["sinks"], f["scale"], f["cap"])
+        call_kernel(self.v, f["softmax"], row, positions, count, q_pos, *rule, state, factor)
 
 
-@inner
-def _out_of_window(argument, positions, start, count, q_pos):
-    """Whether no query from q_pos on sees any of these slots for being too far back."""
-    window = field(argument, WINDOW)
-    if window == 0:
-        return False
-    last = emit("load_i32", (positions + 4 * (start + count - 1),))
-    first = emit("load_i32", (positions + 4 * start,))
-    return last <= q_pos - window and first >= field(argument, SINKS)
+@emitter("attend_decode")
+def attend_decode(v, args):
+    """Attention of a few generated tokens of one sequence; fields DECODE (tile: queries that share loads)."""
+    control, argument, me, team = args[:4]
+    view = _View(v, argument, DECODE)
+    f = view.f
+    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    with v.repeat() as leave:
+        item = draw(v, v.add(control, COUNTERS))
+        leave(v.compare(item, ">=", v.mul(f["pieces"], f["kv_heads"])))
+        _one_piece(v, view, scratch, v.divide(item, f["pieces"]), v.remainder(item, f["pieces"]))
+    write(v, "barrier", control, team)
+    stride = v.add(v.mul(f["dim_v"], 4), 64)
+    with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
+        partials = v.add(f["partials"], v.mul(v.mul(query, f["pieces"]), stride))
+        row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
+        write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.query(row, head, "out", "dim_v"))
 
 
-@inner
-def _one_piece(argument, scratch, g, piece):
+def _one_piece(v, view, scratch, g, piece):
     """Every query of a key head against one piece of its slots."""
-    heads, kv_heads, n = field(argument, HEADS), field(argument, KV_HEADS), field(argument, N)
-    group, dim, dim_v, size = heads // kv_heads, field(argument, DIM), field(argument, DIM_V), field(argument, SIZE)
-    used = _count(argument, g)
-    start = piece * PIECE
-    count = min(PIECE, used - start)
-    stride = 64 + 4 * dim_v
-    positions = field(argument, POSITIONS) + g * field(argument, POSITIONS_STRIDE)
-    empty = count <= 0
-    if not empty:
-        empty = _out_of_window(argument, positions, start, count, emit("load_i32", (field(argument, Q_POS),)))
-    tile, total = field(argument, TILE_SIZE), n * group
-    row_scores, row_sums = scratch + 128, scratch + 128 + 4 * PIECE * tile
-    for first in range(0, total, tile):
-        if not empty:
-            for i in range(tile):
-                query = min(first + i, total - 1)
-                address = field(argument, Q) + (query // group) * field(argument, Q_STRIDE)
-                emit("store_release", (scratch + 8 * i, address + 4 * dim * (g * group + query % group)))
-            k = field(argument, K) + g * field(argument, K_STRIDE) + start * dim * size
-            invoke(field(argument, FIRST), (scratch, k, dim * size, count, dim, row_scores))
-        for i in range(min(tile, total - first)):
-            query = first + i
-            row, head = query // group, g * group + query % group
-            partial = field(argument, PARTIALS) + ((row * heads + head) * field(argument, PIECES) + piece) * stride
-            emit("store_release", (partial, FRESH))
-            if not empty:
-                q_pos = emit("load_i32", (field(argument, Q_POS) + 4 * row,))
-                emit(
-                    "softmax",
-                    (
-                        row_scores + 4 * PIECE * i,
-                        positions + 4 * start,
-                        count,
-                        q_pos,
-                        field(argument, WINDOW),
-                        field(argument, SINKS),
-                        field(argument, SCALE),
-                        field(argument, CAP),
-                        partial,
-                        partial + 8,
-                    ),
-                )
-        if not empty:
-            v = field(argument, V) + g * field(argument, V_STRIDE) + start * dim_v * size
-            invoke(field(argument, SECOND), (row_scores, v, dim_v * size, count, dim_v, row_sums, 4 * dim_v))
-            for i in range(min(tile, total - first)):
-                query = first + i
-                row, head = query // group, g * group + query % group
-                partial = field(argument, PARTIALS) + ((row * heads + head) * field(argument, PIECES) + piece) * stride
-                emit("copy", (partial + 64, row_sums + 4 * dim_v * i, 4 * dim_v))
-    return 0
+    f, tile = view.f, view.f["tile"]
+    start = v.mul(piece, PIECE)
+    count = v.smin(v.sub(view.used(g), start), PIECE)
+    positions = view.positions(g)
+    empty = v.variable(v.compare(count, "<=", 0))
+    with v.when(v.b.not_(v.get(empty))):
+        v.set(empty, view.out_of_window(positions, start, count, view.int32(f["q_pos"], v.i(0))))
+    some = v.b.not_(v.get(empty))
+    total = v.mul(f["n"], view.group)
+    weights, sums = v.add(scratch, 128), v.add(scratch, 128, v.mul(tile, 4 * PIECE))
+    with v.loop(0, total, tile) as first:
+        with v.when(some):
+            with v.loop(0, tile) as i:
+                query = v.smin(v.add(first, i), v.sub(total, 1))
+                v.store(v.add(scratch, v.mul(i, 8)), _query_address(v, view, g, query))
+            k = view.row("k", g, start, "dim")
+            row_bytes = v.mul(f["dim"], f["size"])
+            call_kernel(v, f["scores"], scratch, k, row_bytes, count, f["dim"], weights)
+        with v.loop(0, v.smin(tile, v.sub(total, first))) as i:
+            row, partial = _partial(v, view, g, v.add(first, i), piece)
+            v.store(partial, I64(FRESH))
+            with v.when(some):
+                there = v.add(weights, v.mul(i, 4 * PIECE))
+                here = v.add(positions, v.mul(start, 4))
+                view.softmax(there, here, count, view.int32(f["q_pos"], row), partial, v.add(partial, 8))
+        with v.when(some):
+            values, size = view.row("v", g, start, "dim_v"), v.mul(f["dim_v"], 4)
+            row_bytes = v.mul(f["dim_v"], f["size"])
+            call_kernel(v, f["mix"], weights, values, row_bytes, count, f["dim_v"], sums, size)
+            with v.loop(0, v.smin(tile, v.sub(total, first))) as i:
+                _, partial = _partial(v, view, g, v.add(first, i), piece)
+                v.copy(v.add(partial, 64), v.add(sums, v.mul(i, size)), size)
 
 
-@job
-def attend_decode(control, argument, me, team, a4, a5, a6, a7, a8, a9, a10, a11):
-    """Attention of a few generated tokens of one sequence; first and second are the scores and mix kernels."""
-    pieces, kv_heads, heads = field(argument, PIECES), field(argument, KV_HEADS), field(argument, HEADS)
-    scratch = field(argument, SCRATCH) + me * field(argument, SCRATCH_STRIDE)
-    dim_v, n = field(argument, DIM_V), field(argument, N)
-    while True:
-        item = emit("fetch_add", (control + COUNTERS, 1))
-        if item >= pieces * kv_heads:
-            break
-        _one_piece(argument, scratch, item // pieces, item % pieces)
-    barrier(control, team)
-    stride = 64 + 4 * dim_v
-    for query in range(me, n * heads, team):
-        partials = field(argument, PARTIALS) + query * pieces * stride
-        out = field(argument, OUT) + (query // heads) * field(argument, OUT_STRIDE) + 4 * dim_v * (query % heads)
-        emit("combine", (partials, pieces, stride, dim_v, out))
-    return 0
+def _query_address(v, view, g, query):
+    head = v.add(v.mul(g, view.group), v.remainder(query, view.group))
+    return view.query(v.divide(query, view.group), head)
 
 
-@inner
-def _prompt_item(argument, scratch, g, start, rows):
-    """Rows start.. of a prompt against one key head: a running softmax over tiles of slots."""
-    heads, kv_heads = field(argument, HEADS), field(argument, KV_HEADS)
-    group, dim, dim_v, size = heads // kv_heads, field(argument, DIM), field(argument, DIM_V), field(argument, SIZE)
-    m = rows * group
-    a, s, o = scratch, scratch + 4 * m * dim, scratch + 4 * m * (dim + TILE)
-    state, turned = o + 4 * m * dim_v, o + 4 * m * dim_v + 8 * m + 64
-    values, factor = turned + 4 * TILE * dim, turned + 4 * TILE * (dim + dim_v)
-    for i in range(m):
-        q = field(argument, Q) + (start + i // group) * field(argument, Q_STRIDE) + 4 * dim * (g * group + i % group)
-        emit("copy", (a + 4 * dim * i, q, 4 * dim))
-        emit("store_release", (state + 8 * i, FRESH))
-    emit("clear", (o, 4 * m * dim_v))
-    positions = field(argument, POSITIONS) + g * field(argument, POSITIONS_STRIDE)
-    first_pos = emit("load_i32", (field(argument, Q_POS) + 4 * start,))
-    last_pos = emit("load_i32", (field(argument, Q_POS) + 4 * (start + rows - 1),))
-    used = _count(argument, g)
-    for slot in range(0, used, TILE):
-        count = min(TILE, used - slot)
-        if emit("load_i32", (positions + 4 * slot,)) > last_pos:
-            break
-        if _out_of_window(argument, positions, slot, count, first_pos):
-            continue
-        k = field(argument, K) + g * field(argument, K_STRIDE) + slot * dim * size
-        v = field(argument, V) + g * field(argument, V_STRIDE) + slot * dim_v * size
-        invoke(field(argument, FIRST), (k, dim * size, count, dim, turned))
-        invoke(field(argument, SECOND), (a, 4 * dim, turned, 4 * TILE, s, 4 * TILE, m, dim))
-        for i in range(m):
-            emit(
-                "softmax",
-                (
-                    s + 4 * TILE * i,
-                    positions + 4 * slot,
-                    count,
-                    emit("load_i32", (field(argument, Q_POS) + 4 * (start + i // group),)),
-                    field(argument, WINDOW),
-                    field(argument, SINKS),
-                    field(argument, SCALE),
-                    field(argument, CAP),
-                    state + 8 * i,
-                    factor,
-                ),
-            )
-            emit("scale_row", (o + 4 * dim_v * i, o + 4 * dim_v * i, dim_v, factor))
-        invoke(field(argument, THIRD), (v, dim_v * size, count, dim_v, values))
-        for column in range(0, dim_v, 16 * field(argument, BLOCKS)):
-            there = o + 4 * column
-            invoke(field(argument, FOURTH), (s, 4 * TILE, values + 4 * column, 4 * dim_v, there, 4 * dim_v, m, count))
-    for i in range(m):
-        out = field(argument, OUT) + (start + i // group) * field(argument, OUT_STRIDE)
-        emit("divide_row", (out + 4 * dim_v * (g * group + i % group), o + 4 * dim_v * i, dim_v, state + 8 * i + 4))
-    return 0
+def _partial(v, view, g, query, piece):
+    """The row of a query and the address of its result for a piece."""
+    f = view.f
+    row = v.divide(query, view.group)
+    head = v.add(v.mul(g, view.group), v.remainder(query, view.group))
+    index = v.add(v.mul(v.add(v.mul(row, f["heads"]), head), f["pieces"]), piece)
+    return row, v.add(f["partials"], v.mul(index, v.add(v.mul(f["dim_v"], 4), 64)))
 
 
-@job
-def attend_prompt(control, argument, me, team, a4, a5, a6, a7, a8, a9, a10, a11):
-    """Attention of a prompt's rows; kernels: load keys, multiply, load values, multiply and add; tile is tokens an item."""
-    kv_heads, n, tokens = field(argument, KV_HEADS), field(argument, N), field(argument, TILE_SIZE)
-    scratch = field(argument, SCRATCH) + me * field(argument, SCRATCH_STRIDE)
-    tiles = (n + tokens - 1) // tokens
-    while True:
-        item = emit("fetch_add", (control + COUNTERS, 1))
-        if item >= tiles * kv_heads:
-            break
-        start = (tiles - 1 - item // kv_heads) * tokens
-        _prompt_item(argument, scratch, item % kv_heads, start, min(tokens, n - start))
-    return 0
+@emitter("attend_prompt")
+def attend_prompt(v, args):
+    """Attention of a prompt's rows; fields PROMPT (tile: tokens of a work item, blocks: vectors of a value column)."""
+    control, argument, me, team = args[:4]
+    view = _View(v, argument, PROMPT)
+    f = view.f
+    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    tiles = v.divide(v.sub(v.add(f["n"], f["tile"]), 1), f["tile"])
+    with v.repeat() as leave:
+        item = draw(v, v.add(control, COUNTERS))
+        leave(v.compare(item, ">=", v.mul(tiles, f["kv_heads"])))
+        # The last rows see most and come first, so that threads end together.
+        start = v.mul(v.sub(v.sub(tiles, 1), v.divide(item, f["kv_heads"])), f["tile"])
+        rows = v.smin(f["tile"], v.sub(f["n"], start))
+        _prompt_item(v, view, scratch, v.remainder(item, f["kv_heads"]), start, rows)
+
+
+class _Item:
+    """Where the scratch of a work item lies."""
+
+    def __init__(self, v, f, scratch, m):
+        sizes = {
+            "queries": v.mul(v.mul(m, f["dim"]), 4),
+            "weights": v.mul(m, 4 * TILE),
+            "sums": v.mul(v.mul(m, f["dim_v"]), 4),
+            "state": v.add(v.mul(m, 8), 64),
+            "keys": v.mul(f["dim"], 4 * TILE),
+            "values": v.mul(f["dim_v"], 4 * TILE),
+            "factor": v.i(64),
+        }
+        self.m = m
+        for name, size in sizes.items():
+            setattr(self, name, scratch)
+            scratch = v.add(scratch, size)
+
+
+def _prompt_item(v, view, scratch, g, start, rows):
+    """Some rows of a prompt against one key head: a running softmax over tiles of slots."""
+    f, group = view.f, view.group
+    m = v.mul(rows, group)
+    item = _Item(v, f, scratch, m)
+    wide, wide_v = v.mul(f["dim"], 4), v.mul(f["dim_v"], 4)
+
+    def place(i):
+        return v.add(start, v.divide(i, group)), v.add(v.mul(g, group), v.remainder(i, group))
+
+    with v.loop(0, m) as i:
+        v.copy(v.add(item.queries, v.mul(i, wide)), view.query(*place(i)), wide)
+        v.store(v.add(item.state, v.mul(i, 8)), I64(FRESH))
+    v.clear(item.sums, v.mul(m, wide_v))
+    positions, used = view.positions(g), view.used(g)
+    first_pos = view.int32(f["q_pos"], start)
+    last_pos = view.int32(f["q_pos"], v.sub(v.add(start, rows), 1))
+    slot = v.variable(I64(0))
+    with v.repeat() as leave:
+        at = v.get(slot)
+        leave(v.compare(at, ">=", used))
+        leave(v.compare(view.int32(positions, at), ">", last_pos))
+        count = v.smin(v.sub(used, at), TILE)
+        with v.when(v.b.not_(view.out_of_window(positions, at, count, first_pos))):
+            _prompt_tile(v, view, item, g, start, at, count, positions)
+        v.set(slot, v.add(at, TILE))
+    with v.loop(0, m) as i:
+        source, total = v.add(item.sums, v.mul(i, wide_v)), v.add(item.state, v.mul(i, 8), 4)
+        write(v, "divide_row", view.query(*place(i), "out", "dim_v"), source, f["dim_v"], total)
+
+
+def _prompt_tile(v, view, item, g, start, at, count, positions):
+    """One tile of slots: scores, softmax, weighted values."""
+    f = view.f
+    wide, wide_v = v.mul(f["dim"], 4), v.mul(f["dim_v"], 4)
+    row_bytes = v.mul(f["dim"], f["size"])
+    call_kernel(v, f["load_keys"], view.row("k", g, at, "dim"), row_bytes, count, f["dim"], item.keys)
+    strides = (wide, item.keys, 4 * TILE, item.weights, 4 * TILE)
+    call_kernel(v, f["multiply"], item.queries, *strides, item.m, f["dim"])
+    with v.loop(0, item.m) as i:
+        q_pos = view.int32(f["q_pos"], v.add(start, v.divide(i, view.group)))
+        row, state = v.add(item.weights, v.mul(i, 4 * TILE)), v.add(item.state, v.mul(i, 8))
+        view.softmax(row, v.add(positions, v.mul(at, 4)), count, q_pos, state, item.factor)
+        there = v.add(item.sums, v.mul(i, wide_v))
+        call_kernel(v, f["scale_row"], there, there, f["dim_v"], item.factor)
+    row_bytes = v.mul(f["dim_v"], f["size"])
+    call_kernel(v, f["load_values"], view.row("v", g, at, "dim_v"), row_bytes, count, f["dim_v"], item.values)
+    with v.loop(0, f["dim_v"], v.mul(f["blocks"], 16)) as column:
+        values, sums = (v.add(base, v.mul(column, 4)) for base in (item.values, item.sums))
+        head = (item.weights, 4 * TILE, values, wide_v, sums, wide_v)
+        call_kernel(v, f["multiply_add"], *head, item.m, count)

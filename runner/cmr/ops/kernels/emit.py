@@ -16,8 +16,6 @@ TARGET = detect()
 ARGUMENTS = 12
 SIGNATURE = types.int64(*[types.int64] * ARGUMENTS)
 EMITTERS = {}
-# For functions that only other compiled functions call: compiled with those, never by themselves.
-inner = numba.njit(error_model="numpy")
 
 
 def emitter(name):
@@ -44,19 +42,13 @@ def emit(typingctx, key, args):
     return types.int64(key, args), generate
 
 
-@intrinsic
-def invoke(typingctx, address, args):
-    """Call the kernel at an address with a tuple of up to twelve integers."""
-
-    def generate(context, builder, signature, values):
-        fields = [builder.extract_value(values[1], i) for i in range(len(args))]
-        return call_kernel(Vectors(builder, TARGET), values[0], *fields)
-
-    return types.int64(types.int64, args), generate
+def write(v, name, *args):
+    """Write the emitter of this name here, as part of another kernel."""
+    return EMITTERS[name](v, [v.i(arg) for arg in args])
 
 
 def call_kernel(v, address, *args):
-    """Emit a call of the kernel at an address."""
+    """Write a call of the kernel at an address."""
     fields = [v.i(arg) for arg in args] + [I64(0)] * (ARGUMENTS - len(args))
     kind = ir.FunctionType(I64, [I64] * ARGUMENTS)
     return v.b.call(v.b.inttoptr(address, kind.as_pointer()), fields)

@@ -80,6 +80,37 @@ class Vectors:
         with self.b.if_then(condition):
             yield
 
+    @contextmanager
+    def repeat(self):
+        """A loop without end; yields leave(condition), which ends it where the condition holds."""
+        b = self.b
+        body, done = b.append_basic_block("repeat"), b.append_basic_block("left")
+        b.branch(body)
+        b.position_at_end(body)
+
+        def leave(condition):
+            on = b.append_basic_block("on")
+            b.cbranch(condition, done, on)
+            b.position_at_end(on)
+
+        yield leave
+        b.branch(body)
+        b.position_at_end(done)
+
+    def compare(self, x, relation, y):
+        """Compare two signed integers ("<", "==", ...)."""
+        return self.b.icmp_signed(relation, self.i(x), self.i(y))
+
+    def divide(self, x, y):
+        """The quotient of two integers, the first not negative, the second positive."""
+        return self.b.udiv(self.i(x), self.i(y))
+
+    def remainder(self, x, y):
+        return self.b.urem(self.i(x), self.i(y))
+
+    def choose(self, condition, x, y):
+        return self.b.select(condition, self.i(x), self.i(y))
+
     def variable(self, value):
         """A mutable slot, promoted to registers by LLVM; use get and set."""
         slot = cgutils.alloca_once(self.b, value.type)
