@@ -1,0 +1,333 @@
+"""Write a GGUF of random weights in a real model's shape, for measuring speed.
+
+python tools/random_model.py --shape llama-3.2-1b --type q4_k_m [--vocab VOCABULARY.gguf] -o models/1b.gguf
+
+Without --vocab the file gets a made-up vocabulary of the right size, so nothing else is needed. Blocks are
+random bits with scales that keep activations near one; types are mixed over tensors as llama.cpp's quantizer
+mixes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runner"))
+
+from cmr.gguf_file import open_gguf  # noqa: E402
+from cmr.quants import Format, format_by_name  # noqa: E402
+
+ALIGNMENT = 32
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a dense transformer with gated feed-forward blocks."""
+
+    arch: str
+    layers: int
+    embd: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    rope_base: float
+    eps: float = 1e-5
+    tied: bool = True
+    head_norms: bool = False
+    rope_factor: float = 0.0  # of Llama 3.1's frequency scaling; 0: none
+
+
+SHAPES = {
+    "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, rope_factor=32),
+    "llama-3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 5e5, tied=False),
+    "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, head_norms=True),
+    "110m": Shape("llama", 12, 768, 12, 12, 64, 2048, 32000, 4096, 1e4),
+    "small": Shape("llama", 2, 256, 4, 2, 64, 512, 1024, 1024, 1e4),
+}
+
+# Each type of file: the number llama.cpp gives it, the format of most tensors, that of the output head.
+FILE_TYPES = {
+    "f32": (0, "F32", "F32"),
+    "f16": (1, "F16", "F16"),
+    "q4_0": (2, "Q4_0", "Q6_K"),
+    "q4_1": (3, "Q4_1", "Q6_K"),
+    "q8_0": (7, "Q8_0", "Q8_0"),
+    "q5_0": (8, "Q5_0", "Q6_K"),
+    "q5_1": (9, "Q5_1", "Q6_K"),
+    "q2_k": (21, "Q2_K", "Q6_K"),
+    "q3_k": (11, "Q3_K", "Q6_K"),
+    "q4_k": (14, "Q4_K", "Q6_K"),
+    "q4_k_m": (15, "Q4_K", "Q6_K"),
+    "q5_k": (16, "Q5_K", "Q6_K"),
+    "q5_k_m": (17, "Q5_K", "Q6_K"),
+    "q6_k": (18, "Q6_K", "Q6_K"),
+    "iq4_nl": (25, "IQ4_NL", "Q6_K"),
+    "iq4_xs": (30, "IQ4_XS", "Q6_K"),
+    "bf16": (32, "BF16", "BF16"),
+}
+
+# For each format: where its float16 scale lies and the spread of the integers it multiplies, then, where it
+# has one, where the minimum lies and how many scales it is, so that the weights have no mean.
+SCALES: dict[str, tuple[int, float, int, float]] = {
+    "Q4_0": (0, 4.6, -1, 0),
+    "Q4_1": (0, 4.6, 2, -7.5),
+    "Q5_0": (0, 9.2, -1, 0),
+    "Q5_1": (0, 9.2, 2, -15.5),
+    "Q8_0": (0, 74, -1, 0),
+    "Q2_K": (80, 14, 82, 1.5),
+    "Q3_K": (108, 42, -1, 0),
+    "Q4_K": (0, 257, 2, 7.5),
+    "Q5_K": (0, 520, 2, 15.5),
+    "Q6_K": (208, 1370, -1, 0),
+    "IQ4_NL": (0, 71, -1, 0),
+    "IQ4_XS": (0, 1310, -1, 0),
+}
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """Say whether a medium mix gives this layer's values and down projection six bits (llama-quant.cpp)."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def tensors(shape: Shape, file_type: str) -> dict[str, tuple[Format, tuple[int, ...], float]]:
+    """Return each tensor's format, shape with the innermost last, and the spread of its outputs."""
+    _, most, head = FILE_TYPES[file_type]
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    plain, output, f32 = (format_by_name(name) for name in (most, head, "F32"))
+    out = {"token_embd.weight": (output if shape.tied else plain, (shape.vocab, shape.embd), 3.0)}
+    for layer in range(shape.layers):
+        rich = (
+            format_by_name("Q6_K") if file_type.endswith("_m") and more_bits(layer, shape.layers) else plain
+        )
+        block = {
+            "attn_norm": (f32, (shape.embd,), 0.1),
+            "attn_q": (plain, (q, shape.embd), 1.0),
+            "attn_k": (plain, (kv, shape.embd), 1.0),
+            "attn_v": (rich, (kv, shape.embd), 1.0),
+            "attn_output": (plain, (shape.embd, q), 1.0),
+            "ffn_norm": (f32, (shape.embd,), 0.1),
+            "ffn_gate": (plain, (shape.ffn, shape.embd), 1.0),
+            "ffn_up": (plain, (shape.ffn, shape.embd), 1.0),
+            "ffn_down": (rich, (shape.embd, shape.ffn), 1.0),
+        }
+        if shape.head_norms:
+            block |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (f32, (shape.head_dim,), 0.1))
+        out |= {f"blk.{layer}.{name}.weight": row for name, row in block.items()}
+    out["output_norm.weight"] = (f32, (shape.embd,), 0.1)
+    if not shape.tied:
+        out["output.weight"] = (output, (shape.vocab, shape.embd), 3.0)
+    if shape.rope_factor:
+        out["rope_freqs.weight"] = (f32, (shape.head_dim // 2,), 0.0)
+    return out
+
+
+def rope_factors(shape: Shape, low: float = 1, high: float = 4, trained: int = 8192) -> np.ndarray:
+    """Return what Llama 3.1 divides each frequency by, float32 [head_dim / 2]."""
+    freq = shape.rope_base ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    turns = trained * freq / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / (share + (1 - share) / shape.rope_factor)).astype(np.float32)
+
+
+def random_rows(rng: np.random.Generator, format: Format, rows: int, k: int, spread: float) -> np.ndarray:
+    """Return uint8 blocks of `rows` random rows of k weights, whose products with unit inputs spread so."""
+    target = spread / math.sqrt(k)
+    count = rows * k // format.elements
+    raw = np.frombuffer(rng.bytes(count * format.bytes), np.uint8)
+    if format.name in ("F32", "F16", "BF16"):
+        bits = raw.view(np.uint32 if format.bytes == 4 else np.uint16)
+        return _floats(bits, format.name, target).view(np.uint8)
+    blocks = raw.reshape(count, format.bytes).copy()
+    at, unit, minimum, scales = SCALES[format.name]
+    # Signs differ because integers from -8 to 7 have a mean, which would push all activations one way.
+    scale = target / unit * (0.5 + rng.random(count, np.float32)) * rng.choice(np.float32([-1, 1]), count)
+    blocks[:, at : at + 2] = scale.astype(np.float16).view(np.uint8).reshape(count, 2)
+    if minimum >= 0:
+        blocks[:, minimum : minimum + 2] = (
+            (scale * scales).astype(np.float16).view(np.uint8).reshape(count, 2)
+        )
+    return blocks
+
+
+def _floats(bits: np.ndarray, name: str, target: float) -> np.ndarray:
+    """Floats of any sign and mantissa and one of two exponents: faster than drawing from a distribution."""
+    mantissa, bias = {"F32": (23, 127), "F16": (10, 15), "BF16": (7, 127)}[name]
+    exponent = math.floor(math.log2(target)) - 1 + bias
+    width = 8 * bits.itemsize
+    sign = bits & bits.dtype.type(1 << (width - 1))
+    rest = bits & bits.dtype.type((1 << (mantissa + 1)) - 1)
+    return sign | (rest + bits.dtype.type(exponent << mantissa))
+
+
+def chunks(
+    rng: np.random.Generator, shape: Shape, name: str, format: Format, dims: tuple[int, ...], spread: float
+) -> Iterator[bytes]:
+    """Yield a tensor's bytes in pieces."""
+    if name == "rope_freqs.weight":
+        yield rope_factors(shape).tobytes()
+    elif len(dims) == 1:
+        yield (1 + spread * rng.standard_normal(dims)).astype(np.float32).tobytes()
+    else:
+        rows, k = dims
+        step = max(1, CHUNK_BYTES // (k // format.elements * format.bytes))
+        for start in range(0, rows, step):
+            yield random_rows(rng, format, min(step, rows - start), k, spread).tobytes()
+
+
+def letters() -> Iterator[str]:
+    """Yield every lowercase word, shorter ones first."""
+    for length in itertools.count(1):
+        for word in itertools.product("etaoinshrdlucmfwygpbvkxqjz", repeat=length):
+            yield "".join(word)
+
+
+def made_up_vocabulary(size: int) -> dict[str, Any]:
+    """Return the metadata of a sentencepiece vocabulary of bytes and short words."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    words = (form for word in letters() for form in (word, "\u2581" + word))
+    tokens += itertools.islice(words, size - len(tokens))
+    kinds = np.ones(size, np.int32)
+    kinds[:3], kinds[3:259] = (2, 3, 3), 6
+    scores = -np.arange(size, dtype=np.float32)
+    scores[:259] = 0
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [token.encode() for token in tokens],
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+
+
+def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a model of this shape with these tokenizer keys."""
+    sizes = {
+        "block_count": shape.layers,
+        "context_length": shape.context,
+        "embedding_length": shape.embd,
+        "feed_forward_length": shape.ffn,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": shape.eps,
+        "rope.freq_base": shape.rope_base,
+        "rope.dimension_count": shape.head_dim,
+        "vocab_size": shape.vocab,
+    }
+    general = {"architecture": shape.arch, "name": f"random {name}", "file_type": FILE_TYPES[file_type][0]}
+    return (
+        {f"general.{key}": item for key, item in general.items()}
+        | {f"{shape.arch}.{key}": item for key, item in sizes.items()}
+        | dict(vocabulary)
+    )
+
+
+def _string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _value(item: Any) -> bytes:
+    """A metadata value as GGUF writes it, its type first."""
+    if isinstance(item, bool):
+        return struct.pack("<I?", 7, item)
+    if isinstance(item, int):
+        return struct.pack("<II", 4, item)
+    if isinstance(item, float):
+        return struct.pack("<If", 6, item)
+    if isinstance(item, str):
+        return struct.pack("<I", 8) + _string(item.encode())
+    if isinstance(item, np.ndarray):
+        kinds = {
+            "uint8": 0,
+            "int8": 1,
+            "uint16": 2,
+            "int16": 3,
+            "uint32": 4,
+            "int32": 5,
+            "float32": 6,
+            "bool": 7,
+        }
+        return struct.pack("<IIQ", 9, kinds[item.dtype.name], len(item)) + item.tobytes()
+    return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(_string, item))
+
+
+def write(
+    path: Path, shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, Any], seed: int
+) -> None:
+    """Write the file; the same seed gives the same bytes."""
+    rows = tensors(shape, file_type)
+    pairs = metadata(shape, name, file_type, vocabulary)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(pairs))
+    head += b"".join(_string(key.encode()) + _value(item) for key, item in pairs.items())
+    offset = 0
+    for key, (format, dims, _) in rows.items():
+        head += _string(key.encode()) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims[::-1])
+        head += struct.pack("<IQ", format.type, offset)
+        offset += math.prod(dims) // format.elements * format.bytes
+        offset += -offset % ALIGNMENT
+    rng = np.random.Generator(np.random.SFC64(seed))
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as out:
+        out.write(head)
+        _pad(out)
+        for key, (format, dims, spread) in rows.items():
+            for piece in chunks(rng, shape, key, format, dims, spread):
+                out.write(piece)
+            _pad(out)
+    partial.replace(path)
+
+
+def _pad(out: BinaryIO) -> None:
+    out.write(bytes(-out.tell() % ALIGNMENT))
+
+
+def random_model(
+    path: Path, shape_name: str, file_type: str, vocab: Path | None = None, seed: int = 1
+) -> Path:
+    """Write a random model of a named shape and file type, with a vocabulary from a GGUF or a made-up one."""
+    shape = SHAPES[shape_name]
+    if vocab is None:
+        vocabulary = made_up_vocabulary(shape.vocab)
+    else:
+        found = open_gguf(vocab).metadata
+        vocabulary = {key: item for key, item in found.items() if key.startswith("tokenizer.")}
+        shape = Shape(**(vars(shape) | {"vocab": len(found["tokenizer.ggml.tokens"])}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, shape, shape_name, file_type, vocabulary, seed)
+    return path
+
+
+def main() -> None:
+    """Write the file that the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--type", choices=FILE_TYPES, default="q4_k_m", type=str.lower)
+    parser.add_argument(
+        "--vocab", type=Path, help="a GGUF to copy the tokenizer from (default: a made-up one)"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    path = random_model(args.output, args.shape, args.type, args.vocab, args.seed)
+    print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
