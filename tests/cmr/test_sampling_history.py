@@ -126,7 +126,7 @@ def test_repeats_against_comparing_every_pair(tail, limit):
 
 def test_breakers_are_found_whole_at_the_end_and_in_part():
     words = Letters("a", "\n", "x\n", "yen", "end", "d", "e", "nd", "n")
-    found = breakers(["\n", "end"], words, 9)
+    found = breakers(("\n", "end"), words, 9)
     assert found == {1: {()}, 2: {()}, 3: {(5,)}, 4: {()}, 6: {(7,)}}
 
 

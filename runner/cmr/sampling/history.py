@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ def look_back(
     logits[places[present]] = change(logits[places])[present]
 
 
-def breakers(texts: Sequence[str], tokenizer: Any, n_vocab: int) -> dict[int, set[tuple[int, ...]]]:
+@lru_cache(maxsize=4)
+def breakers(texts: tuple[str, ...], tokenizer: Any, n_vocab: int) -> dict[int, set[tuple[int, ...]]]:
     """Return for each token that holds or begins one of texts the tokens that must follow to complete it.
 
     The empty sequence stands for a token that holds all of it. Raises RequestError where texts are given
@@ -139,18 +141,17 @@ def breakers(texts: Sequence[str], tokenizer: Any, n_vocab: int) -> dict[int, se
     if texts and tokenizer is None:
         raise RequestError("dry_sequence_breakers need the model's tokenizer; without one they must be empty")
     found: dict[int, set[tuple[int, ...]]] = {}
-    heads = [text.encode()[:_HEAD_BYTES] for text in texts]
     pieces = [tokenizer.piece(token) for token in range(n_vocab)] if texts else []
-    for head in heads:
-        follow: dict[bytes, tuple[int, ...]] = {}
-        for token, piece in enumerate(pieces):
-            if head in piece:
-                found.setdefault(token, set()).add(())
-                continue
-            for size in range(1, min(len(head), len(piece) + 1)):
-                if piece.endswith(head[:size]):
-                    rest = head[size:]
-                    if rest not in follow:
-                        follow[rest] = tuple(tokenizer.encode(rest.decode("utf-8", "replace"))[:_TAIL_TOKENS])
-                    found.setdefault(token, set()).add(follow[rest])
+    for text in texts:
+        breaker = text.encode()[:_HEAD_BYTES]
+        for token in [token for token, piece in enumerate(pieces) if breaker in piece]:
+            found.setdefault(token, set()).add(())
+        for size in range(1, len(breaker)):
+            start, rest = breaker[:size], breaker[size:].decode("utf-8", "replace")
+            ends = [
+                token for token, piece in enumerate(pieces) if piece.endswith(start) and breaker not in piece
+            ]
+            follow = tuple(tokenizer.encode(rest)[:_TAIL_TOKENS]) if ends else ()
+            for token in ends:
+                found.setdefault(token, set()).add(follow)
     return found
