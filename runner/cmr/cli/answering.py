@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cmr.cli.interrupts import Interrupts
-from cmr.cli.progress import Progress
+from cmr.cli.progress import CompileNotice, Progress
 from cmr.sequence import Request, Sequence
 from cmr.session import Session
 
@@ -34,6 +34,7 @@ def answer(session: Session, request: Request, write: Callable[[str], Any]) -> t
     """Run a request, giving `write` each piece of text; return its sequence and whether Ctrl-C ended it."""
     seq = session.add(request, text=True)
     with Interrupts() as interrupts, Progress("reading the prompt") as progress:
+        session.model.ops.compiling = CompileNotice(progress)
         while seq.stop is None and not interrupts.pressed:
             session.step()
             progress.update(seq.cached, seq.n_prompt)

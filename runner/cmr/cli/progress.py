@@ -9,6 +9,7 @@ from types import TracebackType
 
 WAIT = 1.0  # seconds before anything shows
 EVERY = 0.2  # seconds between two states of the line
+CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
 
 
 class Progress:
@@ -51,15 +52,31 @@ class Progress:
             return
         while True:
             share = "" if self._share is None else f" {self._share:4.0%}"
-            sys.stderr.write(f"\r\x1b[K{self.what}{share} ({time.monotonic() - started:.0f} s)")
+            sys.stderr.write(f"{CLEAR}{self.what}{share} ({time.monotonic() - started:.0f} s)")
             sys.stderr.flush()
             if self._done.wait(EVERY):
                 break
-        sys.stderr.write("\r\x1b[K")
+        sys.stderr.write(CLEAR)
         sys.stderr.flush()
 
 
+class CompileNotice:
+    """Says that kernels are being compiled, once on a machine; an op table calls it for each."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.count = progress, 0
+
+    def __call__(self, kernel: str, seconds: float, from_cache: bool) -> None:
+        """Count a kernel that was compiled and not found in the cache."""
+        if from_cache:
+            return
+        if not self.count:
+            say("compiling kernels for this machine, which are kept for later runs")
+        self.count += 1
+        self.progress.what = f"compiling kernels, {self.count} so far"
+
+
 def say(text: str) -> None:
-    """Write one line to stderr."""
-    sys.stderr.write(text + "\n")
+    """Write lines to stderr, over a progress line if one shows."""
+    sys.stderr.write(f"{CLEAR if sys.stderr.isatty() else ''}{text}\n")
     sys.stderr.flush()
