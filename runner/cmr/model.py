@@ -53,7 +53,7 @@ def open_model(
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """The parts of a plan that the forward pass reads, without any plugin."""
+    """What the forward pass reads of a plan, without any plugin."""
 
     weights: Any
     layers: Sequence[int]
@@ -145,7 +145,7 @@ class Model:
         """
         ids = np.ascontiguousarray(tokens, np.int32)
         every = range(self.n_layers)
-        plan = PlainPlan(self.weights, every, [_by_rule(self.rule(i)) for i in every])
+        plan = plain_plan(self)
         caches = [LayerCache(self.ops, *self.config.kv_shape(i), dtype=kv_dtype) for i in every]
         seq = TokenSequence(Request(tokens=ids.tolist()), ids.tolist(), caches)
         out = np.empty((len(ids), self.n_vocab), np.float32)
@@ -245,6 +245,12 @@ class Model:
             )
             self.ops.finish_logits(arena.logits, total, self.config.logit_scale, self.config.logit_softcap)
         return [arena.logits.array[stop - part.want : stop] for part, stop in zip(step.parts, stops)]
+
+
+def plain_plan(model: Model) -> PlainPlan:
+    """Return the plan of a model by itself: all layers in order, its own attention, its own weights."""
+    every = range(model.n_layers)
+    return PlainPlan(model.weights, every, [_by_rule(model.rule(layer)) for layer in every])
 
 
 def _by_rule(rule: AttnRule) -> Callable[..., None]:

@@ -1,0 +1,233 @@
+"""What a file says about its model, what the architecture adds, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from tests.ggufs import write_gguf
+from tests.models import RECIPES, Recipe, write_model
+
+from cmr.architectures import ARCHITECTURES
+from cmr.config import read_config
+from cmr.errors import ModelError
+from cmr.gguf_file import open_gguf
+from cmr.ops import open_ops
+from cmr.weights import Weights
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Write a recipe and read its Config."""
+
+    def read(recipe, context=None, overrides=None):
+        return read_config(open_gguf(write_model(tmp_path / "m.gguf", recipe)), context, overrides)
+
+    return read
+
+
+def test_sizes_come_from_the_file(config_of):
+    config = config_of(RECIPES["sizes-by-layer"])
+    assert (config.arch, config.name, config.n_layers, config.n_embd) == ("llama", "tiny", 3, 64)
+    assert config.n_heads == (4, 6, 2) and config.n_kv_heads == (2, 3, 1) and config.n_ff == (96, 64, 128)
+    assert config.kv_shape(1) == (3, 16, 32)
+    assert config.n_vocab == 96 and config.n_ctx_train == config.n_ctx == 256
+
+
+def test_a_context_replaces_the_trained_one(config_of):
+    config = config_of(Recipe(), context=64)
+    assert config.n_ctx == 64 and config.n_ctx_train == 256
+
+
+def test_sizes_that_the_file_leaves_out_follow_from_the_others(tmp_path):
+    path = write_model(tmp_path / "m.gguf", Recipe())
+    file = open_gguf(path)
+    for key in ("attention.key_length", "attention.value_length", "attention.head_count_kv"):
+        del file.metadata[f"llama.{key}"]
+    config = read_config(file)
+    assert (config.head_dim, config.head_dim_v, config.n_kv_heads) == (16, 16, (4, 4, 4))
+
+
+def test_every_architecture_has_a_recipe_in_the_tests():
+    assert {recipe.arch for recipe in RECIPES.values()} == set(ARCHITECTURES)
+
+
+def test_windows_follow_the_architectures_period_or_the_files_pattern(config_of):
+    assert config_of(RECIPES["gemma2"]).window == (7, 0, 7)
+    assert config_of(RECIPES["gemma3"]).window == (9, 9, 9, 9, 9, 0, 9)
+    assert config_of(RECIPES["gemma3-pattern"]).window == (0, 5, 0)
+    assert config_of(RECIPES["phi3"]).window == (11, 11, 11)
+    assert config_of(RECIPES["olmo3"]).window == (6, 6, 6, 0, 6)
+    assert config_of(Recipe(meta={"attention.sliding_window": 9})).window == (0, 0, 0)
+    period = {"attention.sliding_window": 9, "attention.sliding_window_pattern": 3}
+    assert config_of(Recipe(meta=period)).window == (9, 9, 0)
+
+
+def test_scales_that_no_key_states_come_from_the_architecture(config_of):
+    gemma = config_of(RECIPES["gemma2"])
+    assert gemma.embed_scale == 8.0 and gemma.attn_softcap == 2.0 and gemma.attention_scale == 0.25
+    plain = Recipe(arch="gemma2", norms=RECIPES["gemma2"].norms, meta={"attention.sliding_window": 4})
+    assert (config_of(plain).attn_softcap, config_of(plain).logit_softcap) == (50.0, 30.0)
+    granite = config_of(RECIPES["granite"])
+    assert granite.logit_scale == 0.25 and granite.residual_scale == pytest.approx(0.3)
+
+
+def test_the_largest_gemmas_scale_scores_by_width(config_of):
+    recipe = Recipe(arch="gemma2", layers=46, width=32, heads=2, kv_heads=1, norms=RECIPES["gemma2"].norms)
+    assert config_of(recipe).attention_scale == 1 / math.sqrt(32 / 2)
+    other = Recipe(arch="gemma2", layers=3, width=32, heads=2, kv_heads=1, dim=8, norms=recipe.norms)
+    assert config_of(other).attention_scale == 1 / math.sqrt(8)
+
+
+def test_layers_without_rotation_have_no_rope(config_of):
+    assert [rope is None for rope in config_of(RECIPES["smollm3"]).rope] == [False, False, False, True, False]
+    assert set(config_of(RECIPES["granite-unrotated"]).rope) == {None}
+
+
+def test_window_layers_rotate_unscaled_at_their_own_base(config_of):
+    config = config_of(RECIPES["gemma3"])
+    near, far = config.rope[0], config.rope[5]
+    assert (near.base, near.factor, far.base, far.factor) == (5000.0, 1.0, 1000000.0, 8.0)
+    assert config.rope[1] is near
+
+
+def test_long_factors_serve_long_contexts(config_of):
+    recipe = RECIPES["phi3-long"]
+    long, short = config_of(recipe).rope[0], config_of(recipe, context=128).rope[0]
+    assert long.rot == short.rot == 12 and long.magnitude == pytest.approx(1.19)
+    assert not np.array_equal(long.factors, short.factors)
+
+
+def test_parallel_blocks_are_detected_by_their_norms(config_of):
+    assert config_of(RECIPES["stablelm-parallel"]).parallel_residual
+    # The converter writes use_parallel_residual for models that have none: the norms decide.
+    assert not config_of(RECIPES["stablelm"]).parallel_residual
+
+
+def test_overrides_replace_metadata(config_of):
+    config = config_of(
+        Recipe(), overrides={"llama.rope.freq_base": 5e5, "tokenizer.ggml.add_bos_token": True}
+    )
+    assert config.rope[0].base == 5e5
+
+
+def test_an_override_that_nothing_reads_is_refused(config_of):
+    with pytest.raises(
+        ModelError, match=r"nothing reads the overridden key 'llama\.rope\.freq'.*llama\.rope\.freq_base"
+    ):
+        config_of(Recipe(), overrides={"llama.rope.freq": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("block_count", None, "llama.block_count is missing"),
+        ("block_count", 10**6, "llama.block_count is 1000000; a whole number from 1 to"),
+        ("block_count", "three", "llama.block_count is 'three'; a whole number"),
+        ("embedding_length", 0, "llama.embedding_length is 0"),
+        ("attention.head_count_kv", 3, "llama.attention.head_count_kv is 3, which does not divide 4 heads"),
+        (
+            "attention.head_count",
+            np.array([4, 4], np.int32),
+            r"is \[4, 4\]; 3 positive whole numbers are needed",
+        ),
+        ("attention.layer_norm_rms_epsilon", "small", "is 'small'; a finite number"),
+        ("rope.dimension_count", 7, "rope.dimension_count is 7; an even number"),
+        ("rope.dimension_count", 64, "rope.dimension_count is 64; a whole number from 0 to 16"),
+        ("rope.freq_base", float("nan"), "rope.freq_base is nan"),
+        ("rope.freq_base", 1.0, "rope.freq_base is 1.0; a number above 1"),
+        (
+            "rope.scaling.type",
+            "stretch",
+            "rope.scaling.type is 'stretch'; there are: none, linear, yarn, longrope",
+        ),
+        ("attention.sliding_window_pattern", np.array([True]), "has 1 entries for 3 layers"),
+        ("expert_count", 8, "is a mixture of experts, which is not supported"),
+    ],
+)
+def test_bad_metadata_are_refused_in_one_sentence(tmp_path, key, value, message):
+    file = open_gguf(write_model(tmp_path / "m.gguf", Recipe()))
+    if value is None:
+        del file.metadata[f"llama.{key}"]
+    else:
+        file.metadata[f"llama.{key}"] = value
+    with pytest.raises(ModelError, match=message) as caught:
+        read_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "foo"}, {"w": np.ones(4, np.float32)})
+    with pytest.raises(
+        ModelError, match="architecture 'foo' is not supported; there are: gemma2, gemma3, granite, llama"
+    ):
+        read_config(open_gguf(path))
+
+
+def test_a_vocabulary_without_weights_is_no_model(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "llama"})
+    with pytest.raises(ModelError, match="holds no language model"):
+        read_config(open_gguf(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blk.1.attn_k.weight": None}, "the tensor blk.1.attn_k.weight is missing"),
+        ({"blk.2.ffn_norm.weight": None}, "the tensor blk.2.ffn_norm.weight is missing"),
+        ({"output_norm.weight": None}, "the tensor output_norm.weight is missing"),
+        ({"blk.0.attn_q.weight": (64, 32)}, "blk.0.attn_q.weight is 64 x 32; 64 x 64 is needed"),
+        ({"blk.0.ffn_gate.weight": None}, "blk.0.ffn_up.weight is 96 x 64; 192 x 64 is needed"),
+        ({"output.weight": (90, 64)}, "output.weight is 90 x 64; 96 x 64 is needed"),
+        ({"blk.0.attn_q.bias": (60,)}, "blk.0.attn_q.bias is 60; 64 is needed"),
+        ({"blk.1.attn_q_norm.weight": (32,)}, "blk.1.attn_q_norm.weight is 32; 16 is needed"),
+        (
+            {"blk.1.attn_sinks.weight": (4,)},
+            "blk.1.attn_sinks.weight has no place in a dense model of architecture 'llama'",
+        ),
+        ({"position_embd.weight": (256, 64)}, "position_embd.weight has no place"),
+        ({"blk.7.attn_q.weight": (64, 64)}, "blk.7.attn_q.weight has no place"),
+        ({"rope_freqs.weight": (4,)}, "rope_freqs.weight has 4 factors; 8 are needed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    from tests.models import _Maker
+
+    maker = _Maker(Recipe(), np.random.default_rng(0))
+    tensors = maker.tensors()
+    for name, shape in change.items():
+        if shape is None:
+            del tensors[name]
+        else:
+            tensors[name] = np.ones(shape, np.float32)
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", maker.metadata(), tensors))
+    with pytest.raises(ModelError, match=message):
+        Weights(open_ops("portable"), read_config(file), file.tensors)
+
+
+def test_unsupported_tensor_types_are_named(tmp_path):
+    from tests.ggufs import Blocks
+    from tests.models import _Maker
+
+    maker = _Maker(Recipe(width=256, dim=64, dim_v=64, layers=1), np.random.default_rng(0))
+    tensors = maker.tensors() | {"blk.0.attn_q.weight": Blocks(16, (256, 256), bytes(256 * 66))}
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", maker.metadata(), tensors))
+    with pytest.raises(
+        ModelError, match="blk.0.attn_q.weight has the unsupported type IQ2_XXS; there are: F32 F16 Q4_0"
+    ):
+        Weights(open_ops("portable"), read_config(file), file.tensors)
+    tensors["blk.0.attn_q.weight"] = np.ones((256, 256), np.float32)
+    tensors["blk.0.ffn_norm.weight"] = Blocks("Q8_0", (256,), bytes(8 * 34))
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", maker.metadata(), tensors))
+    with pytest.raises(
+        ModelError, match="blk.0.ffn_norm.weight has the unsupported type Q8_0; there are: F32 F16 BF16"
+    ):
+        Weights(open_ops("portable"), read_config(file), file.tensors)
+
+
+def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(config_of):
+    rope = config_of(RECIPES["yarn"]).rope[0]
+    plain = rope.base ** -(np.arange(0, 16, 2) / 16)
+    ratio = rope.inv_freq() / plain
+    assert ratio[0] == 1 and ratio[-1] == pytest.approx(1 / 4) and np.all(np.diff(ratio) <= 0)
+    assert rope.magnitude == pytest.approx(0.1 * math.log(4) + 1)

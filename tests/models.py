@@ -1,0 +1,256 @@
+"""Tiny random models, one for each set of features that the engine reads, as GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tests.ggufs import Blocks, write_gguf
+
+VOCAB = 96
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's architecture, sizes, further metadata, and which tensors it has beyond Llama's."""
+
+    arch: str = "llama"
+    layers: int = 3
+    width: int = 64
+    heads: int | tuple[int, ...] = 4
+    kv_heads: int | tuple[int, ...] = 2
+    dim: int = 16
+    dim_v: int = 16
+    inner: int | tuple[int, ...] = 96
+    context: int = 256
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    head_norms: str = ""  # "one": a weight for all heads, "each": one for each, "all": one over all
+    biases: tuple[str, ...] = ()
+    fused: bool = False
+    tied: bool = False
+    factors: tuple[str, ...] = ()
+    type: str = "F32"
+
+    def at(self, name: str, layer: int) -> int:
+        """A size of one layer."""
+        value = getattr(self, name)
+        return value[layer] if isinstance(value, tuple) else value
+
+
+def write_model(path: Path, recipe: Recipe, seed: int = 0) -> Path:
+    """Write the model of a recipe, with weights that keep activations and logits of the order of one."""
+    maker = _Maker(recipe, np.random.default_rng(seed))
+    return write_gguf(path, maker.metadata(), maker.tensors())
+
+
+class _Maker:
+    def __init__(self, recipe: Recipe, rng: np.random.Generator):
+        self.recipe, self.rng = recipe, rng
+        self.made: dict[str, np.ndarray | Blocks] = {}
+
+    def metadata(self) -> dict[str, Any]:
+        r = self.recipe
+        eps = "layer_norm_epsilon" if r.arch == "stablelm" else "layer_norm_rms_epsilon"
+        sizes = {
+            "context_length": r.context,
+            "block_count": r.layers,
+            "embedding_length": r.width,
+            "feed_forward_length": r.inner,
+            "attention.head_count": r.heads,
+            "attention.head_count_kv": r.kv_heads,
+            "attention.key_length": r.dim,
+            "attention.value_length": r.dim_v,
+            f"attention.{eps}": 1e-5,
+        }
+        keys = {f"{r.arch}.{key}": _value(value) for key, value in (sizes | dict(r.meta)).items()}
+        return {"general.architecture": r.arch, "general.name": "tiny"} | keys
+
+    def tensors(self) -> dict[str, np.ndarray | Blocks]:
+        r = self.recipe
+        self.matrix("token_embd", VOCAB, r.width, size=1.0)
+        self.norm("output_norm", r.width)
+        if not r.tied:
+            self.matrix("output", VOCAB, r.width)
+        for name in r.factors:
+            factors = self.rng.uniform(1, 6, r.meta.get("rope.dimension_count", r.dim) // 2)
+            self.made[f"rope_{name}.weight"] = factors.astype(np.float32)
+        for layer in range(r.layers):
+            self.block(layer, f"blk.{layer}.")
+        return self.made
+
+    def block(self, layer: int, blk: str) -> None:
+        r = self.recipe
+        heads, groups, inner = (r.at(name, layer) for name in ("heads", "kv_heads", "inner"))
+        rows = {"attn_q": heads * r.dim, "attn_k": groups * r.dim, "attn_v": groups * r.dim_v}
+        for name in r.norms:
+            self.norm(blk + name, r.width)
+        if r.head_norms:
+            for name, count in (("attn_q_norm", heads), ("attn_k_norm", groups)):
+                shapes = {"one": (r.dim,), "each": (count, r.dim), "all": (count * r.dim,)}
+                self.norm(blk + name, *shapes[r.head_norms])
+        if r.fused:
+            self.matrix(f"{blk}attn_qkv", sum(rows.values()), r.width)
+            self.matrix(f"{blk}ffn_up", 2 * inner, r.width)
+        else:
+            for name, count in rows.items():
+                self.matrix(blk + name, count, r.width)
+            self.matrix(f"{blk}ffn_gate", inner, r.width)
+            self.matrix(f"{blk}ffn_up", inner, r.width)
+        self.matrix(f"{blk}attn_output", r.width, heads * r.dim_v)
+        self.matrix(f"{blk}ffn_down", r.width, inner)
+
+    def matrix(self, name: str, rows: int, cols: int, size: float | None = None) -> None:
+        values = self.rng.standard_normal((rows, cols)) * (size or 1 / np.sqrt(cols))
+        self.made[f"{name}.weight"] = quantized(values.astype(np.float32), self.recipe.type)
+        self.bias(name, (rows,))
+
+    def norm(self, name: str, *shape: int) -> None:
+        self.made[f"{name}.weight"] = self.rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        self.bias(name, shape)
+
+    def bias(self, name: str, shape: tuple[int, ...]) -> None:
+        if name.split(".")[-1] in self.recipe.biases:
+            values = self.rng.standard_normal(shape) * 0.3
+            self.made[f"{name}.bias"] = values.astype(np.float32)
+
+
+def quantized(values: np.ndarray, type: str) -> np.ndarray | Blocks:
+    """Store a float32 matrix in a format; random blocks stand in where the gguf package cannot write one."""
+    if type == "F32":
+        return values
+    kind = gguf.GGMLQuantizationType[type]
+    try:
+        return Blocks(type, values.shape, gguf.quants.quantize(values, kind).tobytes())
+    except NotImplementedError:
+        from tests.ggufs import random_tensor
+
+        rng = np.random.default_rng(values.size)
+        tensor = random_tensor(rng, type, *values.shape, scale=0.01)
+        spread = gguf.quants.dequantize(np.frombuffer(tensor.bytes, np.uint8).reshape(len(values), -1), kind)
+        return random_tensor(rng, type, *values.shape, scale=0.01 * float(values.std() / spread.std()))
+
+
+def _value(value: Any) -> Any:
+    """Lists of numbers as the arrays that GGUF holds."""
+    if not isinstance(value, tuple):
+        return value
+    return np.array(value) if isinstance(value[0], bool) else np.array(value, np.int32)
+
+
+_SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+_POST = ("post_attention_norm", "post_ffw_norm")
+_QKV = ("attn_q", "attn_k", "attn_v")
+_YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+    "rope.freq_base": 500.0,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "llama": Recipe(tied=True),
+    "llama-biases": Recipe(
+        biases=(*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output", "attn_norm", "output_norm")
+    ),
+    "llama3-factors": Recipe(factors=("freqs",), meta={"rope.freq_base": 500000.0}),
+    "linear": Recipe(meta={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "linear-old-key": Recipe(meta={"rope.scale_linear": 2.5}),
+    "no-scaling": Recipe(meta={"rope.scaling.type": "none", "rope.scaling.factor": 4.0}),
+    "yarn": Recipe(meta=_YARN),
+    "yarn-betas": Recipe(
+        dim=32, meta=_YARN | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0}
+    ),
+    "mistral3": Recipe(
+        arch="mistral3",
+        meta=_YARN
+        | {
+            "rope.scaling.original_context_length": 12,
+            "rope.scaling.yarn_log_multiplier": 0.7,
+            "attention.temperature_scale": 0.4,
+        },
+    ),
+    "sizes-by-layer": Recipe(heads=(4, 6, 2), kv_heads=(2, 3, 1), inner=(96, 64, 128), dim_v=32),
+    "one-kv-head": Recipe(kv_heads=1, dim=24, dim_v=8),
+    "qwen2": Recipe(arch="qwen2", biases=_QKV),
+    "qwen3": Recipe(arch="qwen3", head_norms="one", dim=32, dim_v=32),
+    "gemma2": Recipe(
+        arch="gemma2",
+        norms=_SANDWICH,
+        tied=True,
+        meta={
+            "attention.sliding_window": 7,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": Recipe(
+        arch="gemma3",
+        layers=7,
+        norms=_SANDWICH,
+        head_norms="one",
+        tied=True,
+        meta={
+            "attention.sliding_window": 9,
+            "rope.freq_base": 1000000.0,
+            "rope.freq_base_swa": 5000.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+    "gemma3-pattern": Recipe(
+        arch="gemma3",
+        norms=_SANDWICH,
+        head_norms="one",
+        meta={"attention.sliding_window": 5, "attention.sliding_window_pattern": (False, True, False)},
+    ),
+    "phi3": Recipe(arch="phi3", fused=True, meta={"attention.sliding_window": 11}),
+    "phi3-biases": Recipe(arch="phi3", fused=True, biases=("attn_qkv", "ffn_up")),
+    "phi3-long": Recipe(
+        arch="phi3",
+        fused=True,
+        factors=("factors_long", "factors_short"),
+        meta={
+            "rope.dimension_count": 12,
+            "rope.scaling.attn_factor": 1.19,
+            "rope.scaling.original_context_length": 128,
+        },
+    ),
+    "granite": Recipe(
+        arch="granite",
+        meta={
+            "attention.scale": 0.11,
+            "embedding_scale": 6.0,
+            "residual_scale": 0.3,
+            "logit_scale": 4.0,
+        },
+    ),
+    "granite-unrotated": Recipe(
+        arch="granite", meta={"logit_scale": 2.0, "rope.scaling.finetuned": False}, biases=("attn_output",)
+    ),
+    "olmo2": Recipe(arch="olmo2", norms=_POST, head_norms="all"),
+    "olmo3": Recipe(
+        arch="olmo2",
+        layers=5,
+        norms=_POST,
+        head_norms="all",
+        meta=_YARN | {"attention.sliding_window": 6},
+    ),
+    "smollm3": Recipe(arch="smollm3", layers=5),
+    "stablelm": Recipe(
+        arch="stablelm",
+        biases=(*_QKV, "attn_norm", "ffn_norm", "output_norm"),
+        meta={"rope.dimension_count": 4, "use_parallel_residual": True},
+    ),
+    "stablelm-parallel": Recipe(
+        arch="stablelm",
+        norms=("attn_norm",),
+        head_norms="each",
+        biases=("attn_norm", "output_norm"),
+        meta={"rope.dimension_count": 4, "use_parallel_residual": True},
+    ),
+}
