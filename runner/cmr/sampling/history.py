@@ -31,6 +31,13 @@ class Tail:
         return self._buffer[:size]
 
 
+def _ends(ordered: np.ndarray) -> np.ndarray:
+    """Where each stretch of equal values ends."""
+    last = np.ones(ordered.size, bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=last[:-1])
+    return last.nonzero()[0]
+
+
 class Penalties:
     """Repeat penalty (Keskar et al. 2019), presence and frequency penalty, over the last tokens."""
 
@@ -45,8 +52,9 @@ class Penalties:
         tail = self.tail.of(history, s.repeat_last_n)
         tail.sort()
         tail = tail[tail.searchsorted(0) : tail.searchsorted(self.n_vocab)]
-        starts = np.flatnonzero(np.diff(tail, prepend=-1))
-        tokens, counts = tail[starts], np.diff(starts, append=tail.size)
+        ends = _ends(tail)
+        tokens, counts = tail[ends], ends + 1
+        counts[1:] -= counts[:-1]
         minus = counts * s.frequency_penalty + s.presence_penalty
 
         def change(logits: np.ndarray) -> np.ndarray:
@@ -102,7 +110,7 @@ class Dry:
         back, tokens = back[~self.single[tokens]], tokens[~self.single[tokens]]
         order = np.lexsort((lengths[back], tokens))
         tokens, found = tokens[order], lengths[back][order]
-        last = np.append(tokens[1:] != tokens[:-1], True)[: tokens.size]
+        last = _ends(tokens)
         return tokens[last], found[last]
 
     def _limit(self, tail: np.ndarray) -> int:
