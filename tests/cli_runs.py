@@ -19,15 +19,16 @@ def bundled() -> str:
 
 def start(*args: str, command: str = "run", **options) -> subprocess.Popen:
     """Start cmr-run (or cmr with `command="main"`) with pipes."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"cmr.cli.{command}", *args], env=ENV, encoding="utf-8", **pipes | options
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"env": ENV, "encoding": "utf-8"} | pipes | options
+    return subprocess.Popen([sys.executable, "-m", f"cmr.cli.{command}", *args], **options)
 
 
-def run(*args: str, command: str = "run", typed: str | None = None) -> subprocess.CompletedProcess:
+def run(
+    *args: str, command: str = "run", typed: str | None = None, env: dict[str, str] = ENV
+) -> subprocess.CompletedProcess:
     """Run a command to its end; `typed` comes through a pipe."""
-    options = {"stdin": subprocess.PIPE} if typed is not None else {}
+    options: dict = {"env": env} | ({"stdin": subprocess.PIPE} if typed is not None else {})
     process = start(*args, command=command, **options)
     out, err = process.communicate(typed, timeout=300)
     return subprocess.CompletedProcess(args, process.returncode, out, err)

@@ -6,9 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cmr.cli.guard import FAILED
 from cmr.cli.options import Parser
+from cmr.cli.progress import Progress
 from cmr.discovery import Description, available, describe
 from cmr.errors import PluginError
+from cmr.model import open_model
+from cmr.testing import Contracts, Finding, check
 
 
 def list_plugins(argv: Sequence[str]) -> int:
@@ -76,3 +80,27 @@ def _lines(row: dict[str, Any]) -> list[str]:
         if row.get(key):
             lines.append(f"  {key:10} {', '.join(row[key])}")
     return [*lines, f"  from       {row['where']}", ""]
+
+
+def check_plugin(argv: Sequence[str]) -> int:
+    """Try the contracts of a plugin and say which it breaks; exit 2 if there is one."""
+    parser = Parser(prog="cmr plugin-check", description=check_plugin.__doc__)
+    parser.add_argument("plugin", metavar="NAME[:KEY=VALUE,...]", help="a plugin by name, or ./file.py:Class")
+    parser.add_argument("-m", "--model", metavar="FILE", help="a model to try it on, instead of a toy")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse(argv)
+    Contracts(args.plugin, model=object()).made()  # a wrong name or option is a mistake, not a finding
+    with Progress(f"checking {args.plugin}"):
+        findings = check(args.plugin, open_model(args.model) if args.model else None)
+    if args.json:
+        rows = {row.contract: {"holds": row.holds, "why": row.why} for row in findings}
+        print(json.dumps(rows, indent=2))
+    else:
+        print(
+            "\n".join(f"{'ok    ' if row.holds else 'BROKEN'} {row.contract}{_why(row)}" for row in findings)
+        )
+    return 0 if all(row.holds for row in findings) else FAILED
+
+
+def _verdict(finding: Finding) -> str:
+    return f"ok     {finding.contract}" if finding.holds else f"BROKEN {finding.contract}: {finding.why}"
