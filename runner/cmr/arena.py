@@ -35,6 +35,12 @@ class Arena:
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers; memory that no step has written yet is not in use."""
+        buffers = (self.hidden, self.qkv, self.mixed, self.inner, self.spare, self.last, self.logits)
+        return sum(buffer.array.nbytes for buffer in buffers)
+
     def want(self, rows: int) -> None:
         """Make room for the logits of so many rows."""
         if rows > self.last.rows:

@@ -13,7 +13,7 @@ from cmr.architectures import Quirks, quirks_of
 from cmr.errors import ModelError
 from cmr.gguf_file import GGUFFile, Tensor
 from cmr.metadata import Metadata
-from cmr.rope import Rope, read_rope, with_factors
+from cmr.rope import Rope, read_base, read_rope, with_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,9 @@ def read_config(
         )
     n_layers = keys.integer("block_count", high=len(file.tensors))
     n_ctx_train = keys.integer("context_length", high=1 << 40)
-    n_ctx = n_ctx_train if context is None else context
+    if context is not None and context < 1:
+        raise ModelError(f"a context of {context} tokens is not possible; at least 1 is needed")
+    n_ctx = context or n_ctx_train
     sizes = _sizes(keys, n_layers)
     windows = _windows(keys, quirks, n_layers)
     config = Config(
@@ -129,7 +131,7 @@ def _sizes(keys: Metadata, n_layers: int) -> dict[str, Any]:
 def _norms(keys: Metadata, quirks: Quirks) -> dict[str, Any]:
     rms = quirks.norm_kind == "rms"
     key = "attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"
-    return {"norm_kind": quirks.norm_kind, "norm_eps": keys.number(key)}
+    return {"norm_kind": quirks.norm_kind, "norm_eps": keys.number(key, positive=True)}
 
 
 def _scales(keys: Metadata, quirks: Quirks, n_layers: int, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +178,6 @@ def _ropes(
 ) -> tuple[Rope | None, ...]:
     """The rotation of each layer; layers that rotate alike share one record."""
     wide = read_rope(keys, head_dim, quirks.pairing, n_ctx_train)
-    window_base = keys.number("rope.freq_base_swa", 0.0) or quirks.window_rope_base
     rotates = keys.flag("rope.scaling.finetuned", True) or not quirks.rope_switch
     if wide is None or not rotates:
         return (None,) * len(windows)
@@ -184,7 +185,8 @@ def _ropes(
     if name is not None:
         wide = with_factors(wide, _floats(tensors[name]), name)
     narrow = wide.plain() if quirks.window_rope_plain else wide
-    if window_base:
+    window_base = read_base(keys, "rope.freq_base_swa", quirks.window_rope_base or wide.base)
+    if window_base != wide.base:
         narrow = replace(narrow, base=window_base)
     period = quirks.rope_period
     every = enumerate(windows)

@@ -156,6 +156,11 @@ class Model:
             (out[rows],) = self.forward(plan, Step([part]))
         return out
 
+    @property
+    def activation_bytes(self) -> int:
+        """The bytes of activation buffers for steps of `max_rows` rows."""
+        return self._rows(1).nbytes
+
     def close(self) -> None:
         """Stop the op table's threads and unmap the file; the model must not be used afterwards."""
         self._arena = None

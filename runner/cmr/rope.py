@@ -65,9 +65,7 @@ def read_rope(keys: Metadata, head_dim: int, pairing: str, n_ctx_train: int) -> 
     rot = keys.integer("rope.dimension_count", head_dim, low=0, high=head_dim)
     if rot % 2:
         raise keys.fail("rope.dimension_count", f"is {rot}; an even number is needed")
-    base = keys.number("rope.freq_base", 10000.0, positive=True)
-    if base <= 1:
-        raise keys.fail("rope.freq_base", f"is {base}; a number above 1 is needed")
+    base = read_base(keys, "rope.freq_base", 10000.0)
     scaling, factor = _scaling(keys)
     rope = Rope(
         rot=rot,
@@ -82,6 +80,14 @@ def read_rope(keys: Metadata, head_dim: int, pairing: str, n_ctx_train: int) -> 
         magnitude=_magnitude(keys, scaling, factor),
     )
     return rope if rot else None
+
+
+def read_base(keys: Metadata, key: str, default: float) -> float:
+    """Read a rotation base, a number above 1."""
+    base = keys.number(key, default)
+    if base <= 1:
+        raise keys.fail(key, f"is {base}; a number above 1 is needed")
+    return base
 
 
 def with_factors(rope: Rope, factors: np.ndarray, name: str) -> Rope:
@@ -114,6 +120,8 @@ def _magnitude(keys: Metadata, scaling: str, factor: float) -> float:
     given = keys.number("rope.scaling.attn_factor", 1.0, positive=True)
     outright = keys.number("rope.scaling.yarn_attn_factor", 0.0)
     damping = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if damping < 0:
+        raise keys.fail("rope.scaling.yarn_log_multiplier", f"is {damping}; a number from 0 on is needed")
     if scaling != "yarn":
         return given
     if outright > 0:

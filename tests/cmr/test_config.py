@@ -47,6 +47,11 @@ def test_sizes_that_the_file_leaves_out_follow_from_the_others(tmp_path):
     assert (config.head_dim, config.head_dim_v, config.n_kv_heads) == (16, 16, (4, 4, 4))
 
 
+def test_a_context_below_one_is_refused(config_of):
+    with pytest.raises(ModelError, match="a context of 0 tokens is not possible"):
+        config_of(Recipe(), context=0)
+
+
 def test_every_architecture_has_a_recipe_in_the_tests():
     assert {recipe.arch for recipe in RECIPES.values()} == set(ARCHITECTURES)
 
@@ -130,11 +135,13 @@ def test_an_override_that_nothing_reads_is_refused(config_of):
             np.array([4, 4], np.int32),
             r"is \[4, 4\]; 3 positive whole numbers are needed",
         ),
-        ("attention.layer_norm_rms_epsilon", "small", "is 'small'; a finite number"),
+        ("attention.layer_norm_rms_epsilon", "small", "is 'small'; a number above zero"),
         ("rope.dimension_count", 7, "rope.dimension_count is 7; an even number"),
         ("rope.dimension_count", 64, "rope.dimension_count is 64; a whole number from 0 to 16"),
         ("rope.freq_base", float("nan"), "rope.freq_base is nan"),
         ("rope.freq_base", 1.0, "rope.freq_base is 1.0; a number above 1"),
+        ("rope.freq_base_swa", -2.0, "rope.freq_base_swa is -2.0; a number above 1"),
+        ("rope.scaling.factor", -1.0, "rope.scaling.factor is -1.0; a number above zero"),
         (
             "rope.scaling.type",
             "stretch",
@@ -153,6 +160,45 @@ def test_bad_metadata_are_refused_in_one_sentence(tmp_path, key, value, message)
     with pytest.raises(ModelError, match=message) as caught:
         read_config(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-long", "yarn", "granite", "olmo3"])
+def test_any_values_give_a_model_or_a_sentence(tmp_path, name):
+    file = open_gguf(write_model(tmp_path / "m.gguf", RECIPES[name]))
+    rng, good = np.random.default_rng(0), dict(file.metadata)
+    odd = [
+        None,
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        2**31,
+        2**63,
+        0.0,
+        -1.5,
+        1e-320,
+        1e308,
+        float("inf"),
+        float("nan"),
+        "",
+        "x",
+    ]
+    odd += [True, np.zeros(0, np.int32), np.arange(3), np.array([1.5] * 3), np.array([True] * 3), [b"a"]]
+    ops = open_ops("portable")
+    keys = [key for key in good if key.count(".") and not key.startswith("general.")]
+    for _ in range(300):
+        file.metadata = good | {
+            rng.choice(keys): odd[rng.integers(len(odd))] for _ in range(rng.integers(1, 4))
+        }
+        try:
+            config = read_config(file)
+            Weights(ops, config, file.tensors)
+            with np.errstate(all="ignore"):
+                assert all(rope is None or rope.inv_freq().shape == (rope.rot // 2,) for rope in config.rope)
+        except ModelError as error:
+            assert str(error) and "\n" not in str(error)
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):

@@ -154,6 +154,12 @@ def test_buffers_are_made_once(model_of):
     assert all(a is b or a == b for a, b in zip(before, after, strict=True))
 
 
+def test_activation_memory_is_known(model_of):
+    model = model_of("llama")
+    widths = 64 + (4 * 16 + 2 * 2 * 16) + 64 + 96 + 64  # hidden, qkv, mixed, inner, spare
+    assert model.activation_bytes >= 4 * 512 * widths
+
+
 def test_tokens_outside_the_vocabulary_are_refused(model_of):
     model = model_of("llama")
     for tokens in ([1, VOCAB], [-1]):
