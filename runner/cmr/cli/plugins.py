@@ -96,9 +96,7 @@ def check_plugin(argv: Sequence[str]) -> int:
         rows = {row.contract: {"holds": row.holds, "why": row.why} for row in findings}
         print(json.dumps(rows, indent=2))
     else:
-        print(
-            "\n".join(f"{'ok    ' if row.holds else 'BROKEN'} {row.contract}{_why(row)}" for row in findings)
-        )
+        print("\n".join(map(_verdict, findings)))
     return 0 if all(row.holds for row in findings) else FAILED
 
 
