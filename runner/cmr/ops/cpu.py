@@ -93,7 +93,7 @@ class CpuOps:
         self._pool = Pool(max(self.threads, self.prompt_threads))
         self._kernels: dict[str, Any] = {}
         self._addresses: dict[str, int] = {}
-        self._calls: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._calls: dict[tuple[Any, int], tuple[Any, ...]] = {}
         self._norms: dict[int, tuple[Norm | None, np.ndarray]] = {}
         self._pieces: dict[str, np.ndarray] = {}
         self._fields = {name: Fields(names) for name, names in JOBS.items()}
@@ -251,7 +251,7 @@ class CpuOps:
 
     def _call(self, parts: list[Part], column: int, key: Any = None) -> tuple[Any, ...]:
         """What a product over these parts needs, kept between calls: table, address, rows, columns, ..."""
-        key = (key or id(parts), column)
+        key = (key or tuple(map(id, parts)), column)  # the pairs are kept, so their ids stay theirs
         found = self._calls.get(key)
         if found is None:
             if len(self._calls) >= KEPT_CALLS:
