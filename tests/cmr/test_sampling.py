@@ -265,6 +265,7 @@ def test_greedy_obeys_what_can_change_the_best_token():
     assert distribution(x, [0], temp=0, repeat_penalty=2.0) == {1: 1.0}
     assert distribution(x, temp=0, logit_bias={3: 9.0}) == {3: 1.0}
     assert distribution(x, temp=0, xtc_probability=1.0, xtc_threshold=0.1) == {1: 1.0}
+    assert distribution(x, [0], temp=0, repeat_penalty=9, samplers="temperature;penalties") == {0: 1.0}
     first = "temperature;xtc;penalties"
     assert distribution(x, [0], temp=0, xtc_probability=1.0, repeat_penalty=9, samplers=first) == {0: 1.0}
 
