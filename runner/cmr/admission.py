@@ -72,7 +72,7 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
 def _encoded(model: Any, request: Request) -> list[int]:
     if isinstance(request.prompt, str):
         return model.tokenizer.encode(request.prompt, special=request.special, bos=True)
-    return list(request.prompt or ())
+    return _ids(request.prompt, model.n_vocab)
 
 
 def _prompt(tokens: Any, n_vocab: int, context: int) -> list[int]:

@@ -50,13 +50,13 @@ class Blame:
             self.modules[module] = None  # shared by several plugins: says nothing
 
     def find(self, error: BaseException) -> tuple[str, str] | None:
-        """Return (plugin, function) of the innermost frame that belongs to a plugin, or None."""
+        """Return the plugin of the innermost frame that belongs to one and where it was entered, or None."""
         found = None
         trace: TracebackType | None = error.__traceback__
         while trace is not None:
             frame = trace.tb_frame
             name = self.codes.get(frame.f_code) or self.modules.get(frame.f_globals.get("__name__", ""))
-            if name:
+            if name and (found is None or found[0] != name):
                 found = name, frame.f_code.co_name
             trace = trace.tb_next
         return found

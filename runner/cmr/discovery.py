@@ -208,8 +208,8 @@ def check_hooks(name: str, thing: Any) -> None:
         if hook not in specs:
             raise PluginError(f"{name}: there is no hook {hook!r}{hint(hook, specs)}")
         known = list(inspect.signature(specs[hook]).parameters)
-        for argument in inspect.signature(getattr(thing, hook)).parameters:
-            if argument not in known and argument != "self":
+        for argument, parameter in inspect.signature(getattr(thing, hook)).parameters.items():
+            if argument not in known and argument != "self" and parameter.default is parameter.empty:
                 raise PluginError(f"{name}: {hook} has no argument {argument!r}{hint(argument, known)}")
         marks = _marked(thing, hook)
         if (marks["wrapper"] or marks["hookwrapper"]) and hook not in hookspecs.PLAN:

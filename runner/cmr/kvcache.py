@@ -32,7 +32,9 @@ class AttnRule:
 
 
 class LayerCache:
-    """The plain cache: K and V as float16 (or float32) [kv_heads, capacity, dim], which grow by half.
+    """The plain cache: K and V as float16 (or float32) [kv_heads, capacity, dim].
+
+    It grows by half, but not beyond `most` slots unless more are needed.
 
     Slots lie in the order of their positions. A subclass stores K and V another way by overriding encode and
     decode (simple: everything is decoded for each attention) or append and attend (fused). After keep_heads
@@ -49,16 +51,22 @@ class LayerCache:
         cls._plain = cls.encode is LayerCache.encode
 
     def __init__(
-        self, ops: Any, kv_heads: int, dim: int, dim_v: int | None = None, dtype: Any = np.float16
+        self,
+        ops: Any,
+        kv_heads: int,
+        dim: int,
+        dim_v: int | None = None,
+        dtype: Any = np.float16,
+        most: int | None = None,
     ) -> None:
         self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
-        self.dtype = np.dtype(dtype)
+        self.dtype, self.most = np.dtype(dtype), most
         self.clear()
 
     @classmethod
     def factory(cls, model: Any, layer: int, **options: Any) -> Callable[[], LayerCache]:
         """Return what the hook kv_cache returns: a function that makes this class for a layer of model."""
-        return partial(cls, model.ops, *model.config.kv_shape(layer), **options)
+        return partial(cls, model.ops, *model.config.kv_shape(layer), most=model.config.n_ctx, **options)
 
     # -- how K and V are stored --
 
@@ -214,9 +222,9 @@ class LayerCache:
                 array[:, self.used : self.used + n] = part
 
     def _grow(self, slots: int) -> None:
-        """Make room for so many slots, half as much again as there was at least."""
-        n, capacity = len(self), self._pos.shape[1]
-        self._move(max(slots, capacity + capacity // 2), lambda a: a[:, :n])
+        """Make room for so many slots, and for more to come."""
+        n, ample = len(self), 3 * self._pos.shape[1] // 2
+        self._move(max(slots, min(ample, self.most or ample)), lambda a: a[:, :n])
 
     def _rebuild(self, slots: int, pick: Callable[[np.ndarray], np.ndarray]) -> None:
         """Move the picked slots to the front, into smaller arrays where a third of the old would be spare."""
@@ -232,7 +240,7 @@ class LayerCache:
 
         def moved(array: np.ndarray) -> np.ndarray:
             picked = pick(array)
-            new = np.empty((len(array), capacity, *array.shape[2:]), array.dtype)
+            new = np.zeros((len(array), capacity, *array.shape[2:]), array.dtype)
             new[:, : picked.shape[1]] = picked
             return new
 

@@ -88,7 +88,7 @@ class Loop:
     def _picked(self) -> list[tuple[Sequence, int]]:
         """Ask the scheduler; if it fails or picks nothing that can run, all sequences end with its error."""
         try:
-            picked = list(self.scheduler.pick())
+            picked = self.scheduler.pick()
             self._check_picked(picked)
             return picked
         except Exception as error:
@@ -98,14 +98,10 @@ class Loop:
                 self.finish(seq)
             return []
 
-    def _check_picked(self, picked: list[Any]) -> None:
-        if len(picked) == 1 and type(picked[0]) is tuple:
-            seq, limit = picked[0]
-            if seq in self.running and limit >= 1:
-                return
+    def _check_picked(self, picked: Any) -> None:
         try:
             good = picked and all(seq in self.running and index(limit) >= 1 for seq, limit in picked)
-            if good and len({id(seq) for seq, _ in picked}) == len(picked):
+            if good and (len(picked) == 1 or len({id(seq) for seq, _ in picked}) == len(picked)):
                 return
         except (TypeError, ValueError):
             pass

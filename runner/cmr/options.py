@@ -157,8 +157,7 @@ def _scalar(value: Any, kind: Any) -> Any:
         return kind(value)
     if kind is float and type(value) is int:
         return float(value)
-    if kind in (bool, int, float, str) and type(value) is not kind or not isinstance(kind, type):
-        raise TypeError(value)
-    if not isinstance(value, kind):
+    exactly = kind in (bool, int, float, str)
+    if type(value) is not kind if exactly else not isinstance(value, typing.get_origin(kind) or kind):
         raise TypeError(value)
     return value

@@ -11,6 +11,7 @@ import pluggy
 from cmr.admission import admit, check_words, make_request, refuse_unknown
 from cmr.discovery import load, read_profile
 from cmr.errors import PluginError, RequestError
+from cmr.fingerprint import fingerprint
 from cmr.loop import Loop
 from cmr.plan import Plan
 from cmr.resolve import resolve
@@ -167,6 +168,11 @@ class Session:
                 raise PluginError(f"{name} returned {answer!r:.200} from report; it returns a dict")
             said[name] = answer
         return said
+
+    def fingerprint(self, *without: str) -> str:
+        """Return a text that differs wherever other tokens could come; plugins in `without` do not count."""
+        plugins = {name: thing for name, thing in self.plan.plugins.items() if name not in without}
+        return f"{fingerprint(self.model, plugins)}-{self.context}"
 
     # -- from sequences to their consumers --
 

@@ -36,8 +36,8 @@ class CacheLaws:
         self.grows()
         self.rolls_back()
         self.keeps()
-        self.keeps_by_head()
         self.restores()
+        self.keeps_by_head()
         for rule in (AttnRule(), AttnRule(window=20), AttnRule(window=20, sinks=4), AttnRule(softcap=5.0)):
             self.attends(rule)
 

@@ -100,14 +100,20 @@ class ToyModel:
             SimpleNamespace(**{name: matrix(*shape) for name, shape in shapes.items()})
             for _ in range(n_layers)
         ]
+        for layer in layers:  # attention must matter, or texts fall into loops that hide mistakes
+            layer.qkv *= 2
+            layer.o *= 2
         angles = np.arange(context)[:, None, None] * 10000.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        self.embed, self.out = matrix(self.n_vocab, dim) * 8, matrix(dim, self.n_vocab) * 2
+        self.embed, self.out = matrix(self.n_vocab, dim) * 2, matrix(dim, self.n_vocab) * 2
         self.weights, self.ops = Resident(layers), open_ops("portable")
-        arrays = [self.embed, self.out, *(array for layer in layers for array in vars(layer).values())]
+        arrays = {"token_embd": self.embed, "output": self.out}
+        for index, layer in enumerate(layers):
+            arrays |= {f"blk.{index}.{name}": array for name, array in vars(layer).items()}
+        self.metadata: dict[str, Any] = {"general.architecture": "toy"}
         self.file = SimpleNamespace(
-            nbytes=sum(array.nbytes for array in arrays),
-            tensors={str(i): SimpleNamespace(nbytes=array.nbytes) for i, array in enumerate(arrays)},
+            nbytes=sum(array.nbytes for array in arrays.values()),
+            tensors={f"{name}.weight": _tensor(name, array) for name, array in arrays.items()},
         )
 
     def rule(self, layer: int) -> AttnRule:
@@ -151,6 +157,11 @@ class ToyModel:
         half = self.head_dim // 2
         a, b, cos, sin = x[..., :half].copy(), x[..., half:].copy(), self.cos[pos], self.sin[pos]
         x[..., :half], x[..., half:] = a * cos - b * sin, a * sin + b * cos
+
+
+def _tensor(name: str, array: np.ndarray) -> SimpleNamespace:
+    data = array.reshape(-1).view(np.uint8)
+    return SimpleNamespace(name=f"{name}.weight", type=0, shape=array.shape, nbytes=array.nbytes, data=data)
 
 
 def _products(x: np.ndarray, matrix: np.ndarray, n_prompt: int) -> np.ndarray:

@@ -1,0 +1,407 @@
+"""What resolve refuses, by name and before weights are read, and what explain says of the rest."""
+
+import numpy as np
+import pytest
+from tests.toy import MODEL, PROMPT, Copies, Sees, answer, run
+
+from cmr import AttnRule, LayerCache, PluginError, Session, hookimpl, plugin
+from cmr.plan import explain
+from cmr.testing import ToyModel
+
+
+def owner(**hooks):
+    """A plugin class called Mine with these hooks, each a function of any arguments or an answer."""
+    made = {}
+    for name, answer_ in hooks.items():
+        function = answer_ if callable(answer_) else (lambda self, given=answer_: given)
+        made[name] = hookimpl(function)
+    return type("Mine", (), {"on": True, **made})
+
+
+class Untouchable(ToyModel):
+    """A model whose weights must not be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = self
+
+    def acquire(self, layer):
+        raise AssertionError("a weight was read")
+
+    release = acquire
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (owner(weight_source=3), "mine returned 3 from weight_source, which has no acquire and no release"),
+        (
+            owner(layer_order=[0, 7]),
+            r"mine returned \[0, 7\] from layer_order; it returns layers of 0 to 2, each once",
+        ),
+        (owner(layer_order=[0, 0]), "each once"),
+        (owner(layer_order="ab"), "each once"),
+        (
+            owner(kv_cache=5),
+            "mine returned 5 from kv_cache for layer 0; it returns a function without arguments",
+        ),
+        (owner(kv_cache=lambda self: dict), r"mine returned \{\} from kv_cache, which has no append"),
+        (owner(kv_cache=lambda self: LayerCache), "mine: the cache of layer 0 cannot be made: TypeError"),
+        (owner(attention="all"), "mine returned 'all' from attention for layer 0; it returns an AttnRule or"),
+        (
+            owner(attention=lambda self: lambda query: 0),
+            "mine: attend has no argument 'query'; there are: q, cache",
+        ),
+        (owner(drafter=7), "mine returned 7 from drafter, which has no propose"),
+        (owner(scheduler=7), "mine returned 7 from scheduler, which has no add and no pick and no remove"),
+        (owner(kv_cache=lambda self: 1 / 0), "mine failed in <lambda>: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_wrong_answers_name_the_plugin_and_what_is_wanted(cls, message):
+    with pytest.raises(PluginError, match=message):
+        Session.open(Untouchable(), [cls()])
+
+
+def test_two_owners_are_both_named_in_the_order_given():
+    class Other:
+        @hookimpl
+        def drafter(self):
+            return self
+
+        def propose(self, seq):
+            return []
+
+    with pytest.raises(PluginError, match="copies and other both provide drafter; choose one"):
+        Session.open(Untouchable(), [Copies(), Other()])
+
+
+@pytest.mark.parametrize("conflicts", [("sees",), {"sees": "both look"}])
+def test_conflicts_are_refused_by_name(conflicts):
+    cls = owner(on_step=lambda self: None)
+    cls.conflicts = conflicts
+    reason = ": both look" if isinstance(conflicts, dict) else ""
+    for order in ([cls(), Sees()], [Sees(), cls()]):
+        with pytest.raises(PluginError, match=f"^mine and sees cannot run together{reason}$"):
+            Session.open(Untouchable(), order)
+
+
+def test_a_device_that_a_plugin_does_not_know_is_refused():
+    cls = owner(on_step=lambda self: None)
+    cls.devices = ("cuda", "metal")
+    with pytest.raises(PluginError, match="mine works on cuda and metal, and this model runs on portable"):
+        Session.open(Untouchable(), [cls()])
+
+
+def test_what_a_plugin_needs_of_the_model_must_be_there():
+    cls = owner(on_step=lambda self: None)
+    cls.needs = ("tokenizer",)
+    Session.open(Untouchable(), [cls()])
+    cls.needs = ("chat_template",)
+    with pytest.raises(PluginError, match="mine needs a chat template, and this model has none"):
+        Session.open(Untouchable(), [cls()])
+    cls.needs = ("a pony",)
+    with pytest.raises(
+        PluginError, match="mine declares a need for 'a pony'; there are: tokenizer, chat_template"
+    ):
+        Session.open(Untouchable(), [cls()])
+
+
+def test_layers_of_a_kind_that_a_plugin_does_not_serve_are_refused_unless_it_leaves_them():
+    model = Untouchable()
+    model.config.layer_kinds = ("attention", "recurrent", "attention")
+
+    def caches(self, model, layer):
+        return LayerCache.factory(model, layer)
+
+    with pytest.raises(
+        PluginError, match="mine serves attention layers .kv_cache., and layer 1 of this model is rec"
+    ):
+        Session.open(model, [owner(kv_cache=caches)()])
+    leaves = owner(kv_cache=lambda self, model, layer: None if layer == 1 else caches(self, model, layer))
+    assert Session.open(model, [leaves()]).plan.owners["kv_cache"] == ("mine", "built in", "mine")
+
+
+def test_evidence_must_be_given_by_the_cache_of_every_layer():
+    class Weighs(LayerCache):
+        evidence = ("window-weights",)
+
+    policy = owner(on_step=lambda self: None)
+    policy.evidence = ("window-weights",)
+    giver = owner(kv_cache=lambda self, model, layer: Weighs.factory(model, layer))
+    both = type("Both", (giver,), {"evidence": ("window-weights",)})
+    assert Session.open(Untouchable(), [both()]).plan.evidence == {"window-weights"}
+    with pytest.raises(
+        PluginError, match=r"mine needs window-weights from attention, and the cache of layer 0 \(built"
+    ):
+        Session.open(Untouchable(), [policy()])
+
+
+def test_drafts_need_caches_that_roll_back():
+    class Forward(LayerCache):
+        can_rollback = False
+
+    caches = owner(kv_cache=lambda self, model, layer: Forward.factory(model, layer))
+    with pytest.raises(
+        PluginError, match=r"copies needs to roll caches back, and that of layer 0 \(mine\) cannot"
+    ):
+        Session.open(Untouchable(), [caches(), Copies()])
+
+
+def test_a_rule_keeps_what_it_does_not_say_from_the_model():
+    class Capped(ToyModel):
+        def rule(self, layer):
+            return AttnRule(window=9, softcap=30.0, scale=0.5)
+
+    class Keeps:
+        @hookimpl
+        def attention(self):
+            return AttnRule(window=4, sinks=2)
+
+    plan = Session.open(Capped(), [Keeps()]).plan
+    assert {attend.__self__ for attend in plan.attend} == {AttnRule(4, 2, 30.0, 0.5)}
+    plan = Session.open(Capped()).plan
+    assert {attend.__self__ for attend in plan.attend} == {AttnRule(9, 0, 30.0, 0.5)}
+
+
+# -- failures while it runs: the message names the plugin, the session goes on --
+
+
+def fails():
+    raise LookupError("nothing there")
+
+
+RUNTIME = {
+    "on_attention": (
+        lambda self, seq: self.on and fails(),
+        "mine failed in <lambda>: LookupError: nothing there",
+    ),
+    "on_layer": (lambda self, step: self.on and fails(), "mine failed"),
+    "on_logits": (lambda self, logits: self.on and logits[:, 3.5], "mine failed in <lambda>: IndexError"),
+    "on_token": (
+        lambda self: True if self.on else None,
+        "mine returned True from on_token; it returns a reason",
+    ),
+    "on_step": (lambda self, step: self.on and fails(), "mine failed"),
+    "restore_prefix": (
+        lambda self: 52 if self.on else None,
+        "mine returned 52 from restore_prefix; it returns how",
+    ),
+    "answer_request": (
+        lambda self: ["a"] if self.on else None,
+        r"mine returned \['a'\] from answer_request; it ret",
+    ),
+    "prepare_request": (lambda self: self.on and fails(), "mine failed"),
+    "store_prefix": (lambda self, seq: self.on and fails(), "mine failed"),
+    "finish_request": (lambda self, request: self.on and fails(), "mine failed"),
+}
+
+
+@pytest.mark.parametrize("hook", RUNTIME)
+def test_a_failure_in_a_hook_names_the_plugin_and_spares_the_next_request(hook):
+    function, message = RUNTIME[hook]
+    broken = owner(**{hook: function})()
+    session = Session.open(MODEL, [broken])
+    with pytest.raises(PluginError, match=message):
+        answer(session)
+    assert not session.loop.running
+    broken.on = False
+    assert answer(session) == run()
+
+
+def test_a_drafter_that_fails_or_returns_junk():
+    for junk, message in [
+        (lambda seq: fails(), "mine failed in propose: LookupError: nothing there"),
+        (lambda seq: None, "mine: propose returned None; it returns token ids of 0 to 95"),
+        (lambda seq: [5000], r"mine: propose returned \[5000\]"),
+        (lambda seq: [1, 0.5], "mine: propose returned"),
+        (lambda seq: "ab", "mine: propose returned 'ab'"),
+    ]:
+
+        class Mine:
+            on = True
+
+            @hookimpl
+            def drafter(self):
+                return self
+
+            def propose(self, seq, junk=junk):
+                return junk(seq) if self.on else []
+
+        made = Mine()
+        session = Session.open(MODEL, [made])
+        with pytest.raises(PluginError, match=message):
+            answer(session)
+        made.on = False
+        assert answer(session) == run()
+
+
+def test_a_drafter_that_never_drafts_costs_nothing():
+    class Mine:
+        @hookimpl
+        def drafter(self):
+            return self
+
+        def propose(self, seq):
+            return ()
+
+    assert run(Mine()) == run()
+
+
+@pytest.mark.parametrize(
+    ("attend", "message"),
+    [
+        (
+            lambda q, cache, q_pos: q[:, :1],
+            r"mine: attend of layer 0 returned an array \[52, 1, 8\]; floats \[52, 4, 8\]",
+        ),
+        (lambda q: None, "mine: attend of layer 0 returned None"),
+        (lambda q: q.astype(complex), "mine: attend of layer 0 returned an array"),
+        (lambda q: 1 / 0, "mine failed in <lambda>: ZeroDivisionError"),
+    ],
+)
+def test_attention_of_the_wrong_shape(attend, message):
+    session = Session.open(MODEL, [owner(attention=lambda self, given=attend: given)()])
+    with pytest.raises(PluginError, match=message):
+        answer(session)
+
+
+def test_a_cache_that_fails():
+    class Mine:
+        on = True
+
+        @hookimpl
+        def kv_cache(self, model, layer):
+            plugin_ = self
+
+            class Fragile(LayerCache):
+                def append(self, k, v, pos):
+                    if plugin_.on and len(self) > 60:
+                        raise MemoryError("no room")
+                    super().append(k, v, pos)
+
+            return Fragile.factory(model, layer)
+
+    made = Mine()
+    session = Session.open(MODEL, [made])
+    with pytest.raises(PluginError, match="mine failed in append: MemoryError: no room"):
+        answer(session)
+    made.on = False
+    assert answer(session) == run()
+
+
+def test_a_cache_misused_by_another_plugin_blames_that_one():
+    class Evicts:
+        @hookimpl
+        def on_step(self, step):
+            step.parts[0].seq.caches[0].keep([5, 4])
+
+    with pytest.raises(
+        PluginError, match="evicts failed in on_step: ValueError: slots to keep must increase"
+    ):
+        run(Evicts())
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        (lambda queue: [], r"mine: pick returned \[\] with 1 sequences under way; it returns pairs"),
+        (lambda queue: [(queue[0], 0)], "mine: pick returned"),
+        (lambda queue: [queue[0]], "mine: pick returned"),
+        (lambda queue: [(queue[0], 1), (queue[0], 1)], "mine: pick returned"),
+        (lambda queue: [("abc", 1)], "mine: pick returned"),
+        (lambda queue: None, "mine: pick returned None"),
+        (lambda queue: fails(), "mine failed in pick: LookupError"),
+    ],
+)
+def test_a_scheduler_that_picks_junk(pick, message):
+    class Mine:
+        on = True
+
+        @hookimpl
+        def scheduler(self):
+            self.queue = []
+            return self
+
+        def add(self, seq):
+            self.queue.append(seq)
+
+        def remove(self, seq):
+            self.queue.remove(seq)
+
+        def pick(self):
+            return pick(self.queue) if self.on else [(self.queue[0], 512)]
+
+    made = Mine()
+    session = Session.open(MODEL, [made])
+    with pytest.raises(PluginError, match=message):
+        answer(session)
+    made.on = False
+    assert answer(session) == run()
+
+
+def test_a_failure_ends_the_sequence_it_concerns_and_no_other():
+    from tests.toy import Together
+
+    class Mine:
+        @hookimpl
+        def on_token(self, seq):
+            return 5 if seq.n_prompt == 3 and seq.n_new == 4 else None
+
+    session = Session.open(MODEL, [Mine(), Together()])
+    requests = [session.request(prompt, max_tokens=12, temp=0.0) for prompt in ("abc", PROMPT)]
+    got = {id(request): [] for request in requests}
+    with pytest.raises(PluginError, match="mine returned 5 from on_token"):
+        for request, token in session.stream(requests):
+            got[id(request)].append(token)
+    assert got[id(requests[0])] == run(prompt="abc", max_tokens=4)
+    assert got[id(requests[1])] == run(max_tokens=12)
+
+
+def test_errors_that_are_no_plugins_keep_their_kind():
+    class Bad(ToyModel):
+        def forward(self, plan, step):
+            raise FloatingPointError("core")
+
+    with pytest.raises(FloatingPointError, match="^core$"):
+        run(Sees(), model=Bad())
+
+
+# -- explain --
+
+
+@plugin
+class Half:
+    """Keep the first layer's K and V in floats."""
+
+    exact = False
+    first: int = 1
+    scale: float = 0.5
+
+    @hookimpl
+    def kv_cache(self, model, layer):
+        return LayerCache.factory(model, layer, dtype=np.float32) if layer < self.first else None
+
+    @hookimpl
+    def report(self):
+        return {"first": self.first}
+
+
+def test_explain_says_who_owns_what_where():
+    plan = Session.open(MODEL, [Half(), Copies()]).plan
+    lines = list(explain(plan))
+    text = "\n".join(lines)
+    assert "half:first=1,scale=0.5: changes tokens" in text
+    assert "Keep the first layer's K and V in floats. [kv_cache, report]" in text
+    assert any(line.split(maxsplit=1) == ["kv_cache", "0 half; 1-2 built in"] for line in lines)
+    assert any(line.split(maxsplit=1) == ["drafter", "copies"] for line in lines)
+    assert any(line.split(maxsplit=1) == ["scheduler", "built in"] for line in lines)
+    assert not plan.exact and Session.open(MODEL, [Copies()]).plan.exact
+
+
+def test_predicted_kv_bytes_are_those_that_a_run_takes():
+    session = Session.open(ToyModel(context=704), [Half()])
+    memory = session.plan.memory
+    assert memory.context == 704 and memory.weights == MODEL.file.nbytes
+    answer(session, [1] * 700, max_tokens=None)
+    assert memory.kv == memory.kv_token * 704
+    assert memory.kv <= session.report()["kv_bytes"] <= 1.05 * memory.kv
