@@ -267,7 +267,7 @@ class CpuOps:
             quantized = not table[:, 11].all()
             biased = any(bias is not None for _, bias in parts)
             columns = parts[0][0].cols
-            found = (list(parts), table, table.ctypes.data, total, columns, quantized, biased, set())
+            found = (parts, table, table.ctypes.data, total, columns, quantized, biased, set())
             self._calls[key] = found
         return found
 

@@ -1,7 +1,7 @@
 """The block formats as vector code: 256 weights become unsigned bytes, scales and minima.
 
-A weight is scale * u + minimum, with one scale and one minimum for each sub-block of 32 or 16 weights, whatever the
-format. Layouts: the block structures of GGUF's reference quantizer (ggml-common.h and the gguf package's quants.py).
+A weight is scale * (u + offset), or scale * u + minimum, with one scale (and minimum) for each sub-block of 32 or 16
+weights, whatever the format. Layouts: the block structures of GGUF's reference quantizer (ggml-common.h and the gguf package's quants.py).
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,34 @@ STEP = 256
 
 @dataclass(frozen=True)
 class Block:
-    """256 weights: four vectors of 64 unsigned bytes, and float32 vectors of their scales and minima."""
+    """256 weights: four vectors of 64 unsigned bytes, a float32 vector of scales, and an offset or minima.
+
+    `scale` has a lane for each of 8 or 16 sub-blocks. Minima of 8 sub-blocks follow in its lanes 8 to 15; those of 16
+    are `lows`.
+    """
 
     bytes: list
-    scale: Any  # 8 lanes (sub-blocks of 32) or 16 (sub-blocks of 16)
-    minimum: Any
+    scale: Any
+    offset: float | None = None
     wide: bool = False  # whether a byte may exceed 127
+    lows: Any = None
+
+    @property
+    def paired(self):
+        """Whether minima lie behind the scales."""
+        return self.offset is None and self.lows is None
+
+    def minima(self, v):
+        """The minima as a vector of their own."""
+        if self.paired:
+            return v.part(self.scale, 8, 8)
+        if self.lows is not None:
+            return self.lows
+        return v.b.fmul(self.scale, fill(F32, self.scale.type.count, self.offset))
+
+    def scales(self, v):
+        """The scales as a vector of their own."""
+        return v.part(self.scale, 0, 8) if self.paired else self.scale
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,12 @@ class Layout:
     sub: int  # weights that share a scale
     unpack: Any
     smallest: int = 256  # weights in one block
+    paired: bool = False  # whether minima lie behind the scales
+
+    @property
+    def lanes(self):
+        """Lanes of the vector that corrections add up in."""
+        return 16 if self.paired else 256 // self.sub
 
 
 def _floats(v, x, signed=False):
@@ -95,22 +123,22 @@ def _scales(v, w, size, at=0):
 
 def _q4_0(v, w):
     d = _scales(v, w, 18)
-    return Block(_nibble_blocks(v, w, 18, 2), d, v.b.fmul(d, fill(F32, 8, -8.0)))
+    return Block(_nibble_blocks(v, w, 18, 2), d, -8.0)
 
 
 def _q4_1(v, w):
-    return Block(_nibble_blocks(v, w, 20, 4), _scales(v, w, 20), _scales(v, w, 20, 2))
+    return Block(_nibble_blocks(v, w, 20, 4), v.join([_scales(v, w, 20), _scales(v, w, 20, 2)]))
 
 
 def _q5_0(v, w):
     d = _scales(v, w, 22)
     u = _with_fifth_bit(v, w, 22, 2, _nibble_blocks(v, w, 22, 6))
-    return Block(u, d, v.b.fmul(d, fill(F32, 8, -16.0)))
+    return Block(u, d, -16.0)
 
 
 def _q5_1(v, w):
     u = _with_fifth_bit(v, w, 24, 4, _nibble_blocks(v, w, 24, 8))
-    return Block(u, _scales(v, w, 24), _scales(v, w, 24, 2))
+    return Block(u, v.join([_scales(v, w, 24), _scales(v, w, 24, 2)]))
 
 
 def _q8_0(v, w):
@@ -119,7 +147,7 @@ def _q8_0(v, w):
     for j in range(4):
         pair = [v.load(v.add(w, 34 * (2 * j + k) + 2), I8, 32) for k in (0, 1)]
         u.append(v.b.xor(v.join(pair), fill(I8, 64, 0x80)))
-    return Block(u, d, v.b.fmul(d, fill(F32, 8, -128.0)), wide=True)
+    return Block(u, d, -128.0, wide=True)
 
 
 def _signed_table(v, nibbles):
@@ -129,7 +157,7 @@ def _signed_table(v, nibbles):
 def _iq4_nl(v, w):
     d = _scales(v, w, 18)
     u = _signed_table(v, _nibble_blocks(v, w, 18, 2))
-    return Block(u, d, v.b.fmul(d, fill(F32, 8, -128.0)), wide=True)
+    return Block(u, d, -128.0, wide=True)
 
 
 def _iq4_xs(v, w):
@@ -142,37 +170,31 @@ def _iq4_xs(v, w):
     scale = v.b.sub(v.b.or_(low, v.b.shl(high, fill(I16, 8, 4))), fill(I16, 8, 32))
     scale = v.b.fmul(d, _floats(v, scale, signed=True))
     u = _signed_table(v, _nibble_blocks(v, w, 16, 8))
-    return Block(u, scale, v.b.fmul(scale, fill(F32, 8, -128.0)), wide=True)
+    return Block(u, scale, -128.0, wide=True)
 
 
 def _six_bit_scales(v, w):
-    """Scales and minima of Q4_K and Q5_K: eight 6-bit values each in 12 bytes."""
-    words = [v.load(v.add(w, 4 * k), I32) for k in range(3)]
-    six, four, two = I32(0x3F3F3F3F), I32(0x0F0F0F0F), I32(0x30303030)
-
-    def high(nibbles, top):
-        return v.b.or_(v.b.and_(nibbles, four), v.b.and_(v.b.lshr(top, I32(2)), two))
-
-    def eight(low, high):
-        pair = v.b.insert_element(v.b.insert_element(fill(I32, 2, 0), low, I32(0)), high, I32(1))
-        return _floats(v, v.cast(pair, I8, 8))
-
-    scale = eight(v.b.and_(words[0], six), high(words[2], words[0]))
-    low = eight(v.b.and_(words[1], six), high(v.b.lshr(words[2], I32(4)), words[1]))
-    return scale, low
+    """Eight scales and eight minima of Q4_K and Q5_K, 6 bits each in the 12 bytes behind d and dmin, as 16 bytes."""
+    x = v.load(w, I8, 16)
+    low = v.cast(v.shuffle(x, None, [*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16)]), I32, 4)
+    low = v.b.and_(v.b.lshr(low, const(I32, [0, 0, 0, 4])), const(I32, [0x3F3F3F3F, 0x0F0F0F0F] * 2))
+    none = fill(I8, 16, 0)
+    top = v.shuffle(x, none, [*range(16, 20), *range(4, 8), *range(16, 20), *range(8, 12)])
+    top = v.b.and_(v.b.lshr(v.cast(top, I32, 4), fill(I32, 4, 2)), fill(I32, 4, 0x30303030))
+    return v.cast(v.b.or_(low, top), I8, 16)
 
 
 def _k_scales(v, w):
-    """The float scales and (negative) minima of a Q4_K or Q5_K block."""
-    scale, low = _six_bit_scales(v, v.add(w, 4))
+    """The float scales and (negative) minima of a Q4_K or Q5_K block: 16 lanes."""
     d = v.halves_at(w, [0, 2, 0, 2], 0)
-    minus = v.b.fsub(fill(F32, 8, 0.0), v.shuffle(d, None, [1] * 8))
-    return v.b.fmul(v.shuffle(d, None, [0] * 8), scale), v.b.fmul(minus, low)
+    d = v.b.fmul(d, const(F32, [1.0, -1.0, 1.0, -1.0]))
+    factors = v.shuffle(d, None, [0] * 8 + [1] * 8)
+    return v.b.fmul(factors, _floats(v, _six_bit_scales(v, w)))
 
 
 def _q4_k(v, w):
     u = [_nibbles(v, _twice(v, v.load(v.add(w, 16 + 32 * j), I8, 32)), 2) for j in range(4)]
-    return Block(u, *_k_scales(v, w))
+    return Block(u, _k_scales(v, w))
 
 
 def _q5_k(v, w):
@@ -183,7 +205,7 @@ def _q5_k(v, w):
         bit = const(I8, [1 << (2 * j)] * 32 + [(2 << (2 * j)) & 0xFF] * 32)
         hit = v.b.icmp_unsigned("!=", v.b.and_(fifth, bit), fill(I8, 64, 0))
         u.append(v.b.select(hit, v.b.or_(low, fill(I8, 64, 16)), low))
-    return Block(u, *_k_scales(v, w))
+    return Block(u, _k_scales(v, w))
 
 
 def _q6_k(v, w):
@@ -198,7 +220,7 @@ def _q6_k(v, w):
         u.append(v.b.or_(v.b.and_(_shift(v, low, [4]), fill(I8, 64, 15)), second))
     d = v.splat(v.half(v.add(w, 208)), 16)
     scale = v.b.fmul(d, _floats(v, v.load(v.add(w, 192), I8, 16), signed=True))
-    return Block(u, scale, v.b.fmul(scale, fill(F32, 16, -32.0)))
+    return Block(u, scale, -32.0)
 
 
 def _two_bits(v, w):
@@ -216,8 +238,8 @@ def _q2_k(v, w):
     scale = _floats(v, v.b.and_(packed, fill(I8, 16, 15)))
     low = _floats(v, v.b.lshr(packed, fill(I8, 16, 4)))
     d, minus = v.splat(v.half(v.add(w, 80)), 16), v.splat(v.half(v.add(w, 82)), 16)
-    minus = v.b.fsub(fill(F32, 16, 0.0), minus)
-    return Block(_two_bits(v, v.add(w, 16)), v.b.fmul(d, scale), v.b.fmul(minus, low))
+    minus = v.b.fmul(minus, fill(F32, 16, -1.0))
+    return Block(_two_bits(v, v.add(w, 16)), v.b.fmul(d, scale), lows=v.b.fmul(minus, low))
 
 
 def _q3_k(v, w):
@@ -237,21 +259,21 @@ def _q3_k(v, w):
     whole = v.b.sub(v.cast(packed, I8, 16), fill(I8, 16, 32))
     d = v.splat(v.half(v.add(w, 108)), 16)
     scale = v.b.fmul(d, _floats(v, whole, signed=True))
-    return Block(u, scale, v.b.fmul(scale, fill(F32, 16, -4.0)))
+    return Block(u, scale, -4.0)
 
 
 LAYOUTS = {
     "Q4_0": Layout(144, 32, _q4_0, 32),
-    "Q4_1": Layout(160, 32, _q4_1, 32),
+    "Q4_1": Layout(160, 32, _q4_1, 32, paired=True),
     "Q5_0": Layout(176, 32, _q5_0, 32),
-    "Q5_1": Layout(192, 32, _q5_1, 32),
+    "Q5_1": Layout(192, 32, _q5_1, 32, paired=True),
     "Q8_0": Layout(272, 32, _q8_0, 32),
     "IQ4_NL": Layout(144, 32, _iq4_nl, 32),
     "IQ4_XS": Layout(136, 32, _iq4_xs),
     "Q2_K": Layout(84, 16, _q2_k),
     "Q3_K": Layout(110, 16, _q3_k),
-    "Q4_K": Layout(144, 32, _q4_k),
-    "Q5_K": Layout(176, 32, _q5_k),
+    "Q4_K": Layout(144, 32, _q4_k, paired=True),
+    "Q5_K": Layout(176, 32, _q5_k, paired=True),
     "Q6_K": Layout(210, 16, _q6_k),
 }
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}

@@ -11,7 +11,7 @@ depend on how a prompt is cut. The pieces are kernels of their own, so that a ne
 
 from .emit import TARGET, call_kernel, emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
-from .product import field_address, padded_columns, token_bases
+from .product import D, RECORD, S16, S32, token_bases
 from .vector import F32, I8, I32, I64, fill
 
 GROUPS = 2 if TARGET.wide else 1  # row vectors of 16 in a tile
@@ -102,8 +102,8 @@ def unpack(v, args, name):
         for j, part in enumerate(block.bytes):
             v.store(v.add(rows, v.mul(i, STEP), 64 * j), part)
         there = v.add(scales, v.mul(i, 128))
-        v.store(there, block.scale)
-        v.store(v.add(there, 4 * block.scale.type.count), block.minimum)
+        v.store(there, block.scales(v))
+        v.store(v.add(there, 4 * (STEP // layout.sub)), block.minima(v))
 
 
 def _whole_step(v, layout, address, column, columns, tail):
@@ -161,31 +161,38 @@ def tile(v, args, sub, wide):
     sub, wide = int(sub), wide == "1"
     xs = token_bases(v, x, x_stride, start, n, TILE)
     zs, accs = _tile_sums(v, sums, start, n, at)
-    padded = padded_columns(v, columns)
-    ds = [field_address(v, x, padded, "d") for x in xs]
-    ss = [field_address(v, x, padded, f"s{sub}") for x in xs]
     size, stride = 16 * sub + 128, GROUP_BYTES[sub]
-    with v.loop(at, end, sub) as column:
-        block = v.add(panel, v.mul(v.b.udiv(v.sub(column, at), v.i(sub)), size))
-        ints = _integer_dots(v, sub, xs, column, block, stride, wide)
-        scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
-        minimum = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
-        for t in range(TILE):
-            d = v.splat(v.load(v.add(ds[t], v.mul(v.b.udiv(column, v.i(32)), 4)), F32), 16)
-            s = v.splat(v.load(v.add(ss[t], v.mul(v.b.udiv(column, v.i(sub)), 4)), F32), 16)
-            for g in range(GROUPS):
-                total = v.fma(minimum[g], s, v.get(accs[t][g]))
-                v.set(accs[t][g], v.fma(v.to_float(ints[t][g]), v.b.fmul(scale[g], d), total))
+    block = v.variable(panel)
+    with v.loop(at, end, STEP) as column:
+        records = [v.add(x, v.mul(v.b.lshr(column, v.i(8)), RECORD)) for x in xs]
+        with v.loop(0, STEP, sub) as inner:
+            _sub_block(v, sub, wide, accs, records, inner, v.get(block), stride)
+            v.set(block, v.add(v.get(block), size))
     _store_sums(v, zs, accs)
 
 
-def _integer_dots(v, sub, xs, column, block, stride, wide):
+def _sub_block(v, sub, wide, accs, records, inner, block, stride):
+    """Add one sub-block of the panel, from column `inner` of 256 on, to the sums of every token."""
+    ints = _integer_dots(v, sub, [v.add(record, inner) for record in records], block, stride, wide)
+    scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
+    minimum = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
+    d_at = v.add(v.mul(v.b.lshr(inner, v.i(5)), 4), D)
+    s_at = v.add(v.mul(v.b.udiv(inner, v.i(sub)), 4), S32 if sub == 32 else S16)
+    for t, record in enumerate(records):
+        d = v.splat(v.load(v.add(record, d_at), F32), 16)
+        s = v.splat(v.load(v.add(record, s_at), F32), 16)
+        for g in range(GROUPS):
+            total = v.fma(minimum[g], s, v.get(accs[t][g]))
+            v.set(accs[t][g], v.fma(v.to_float(ints[t][g]), v.b.fmul(scale[g], d), total))
+
+
+def _integer_dots(v, sub, xs, block, stride, wide):
     """Integer sums of one sub-block for every token and row vector."""
     ints = [[fill(I32, 16, 0)] * GROUPS for _ in xs]
     for k in range(sub // 4):
         weights = [v.load(v.add(block, g * stride + 64 * k), I8, 64) for g in range(GROUPS)]
         for t, x in enumerate(xs):
-            four = v.cast(v.splat(v.load(v.add(x, column, 4 * k), I32), 16), I8, 64)
+            four = v.cast(v.splat(v.load(v.add(x, 4 * k), I32), 16), I8, 64)
             ints[t] = [v.dot4(ints[t][g], weights[g], four, wide) for g in range(GROUPS)]
     return ints
 

@@ -1,65 +1,76 @@
 """Matrix products over GGUF blocks: rows times a few tokens (gemv), rows times many tokens (gemm).
 
-Quantized weights meet activations quantized to int8 in groups of 32; a token's record of K activations (K rounded up to
-a multiple of 256, the rest zero) is
+Quantized weights meet activations quantized to int8 in groups of 32; a token's record has, for each 256 activations
+(zero past the last),
 
-    int8 q[K] | float32 d[K/32] | float32 s32[K/32] | float32 s16[K/16]
+    int8 q[256] | float32 d[8] | float32 s32[8] | float32 s16[16]
 
 with x = d*q, and s32, s16 the sums of d*q over 32 and 16 activations. Float weights meet float32 activations.
-Arguments of both: w, row_bytes, x, x_stride, y, y_stride, first, last, K, n, scratch (bytes; y in float32; n tokens).
+Arguments of both: w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n, scratch (strides in bytes; y is
+float32; n tokens).
 """
 
 from .emit import emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
-from .vector import F32, I8, I32, fill, vec
+from .vector import F32, I8, I32, fill
 
-AHEAD = 8192
-RECORD = {"d": (1, 1), "s32": (9, 8), "s16": (5, 4)}  # byte offset of each field as a fraction of K
+AHEAD = 4096
+RECORD = 384  # bytes of 256 activations
+D, S32, S16 = 256, 288, 320  # where their scales and sums lie
 
 
 def record_bytes(columns):
     """Bytes of one token's record for so many activations."""
-    return (columns + STEP - 1) // STEP * STEP * 3 // 2
+    return (columns + STEP - 1) // STEP * RECORD
 
 
-def field_address(v, base, padded, name):
-    over, under = RECORD[name]
-    return v.add(base, v.b.udiv(v.mul(padded, over), v.i(under)))
-
-
-def padded_columns(v, columns):
-    return v.b.and_(v.add(columns, STEP - 1), v.i(-STEP))
-
-
-def _spread(v, scale, j):
-    """The scales of 64 weights, one for each lane of four weights."""
-    count = scale.type.count
-    each = 64 // (count // 4) // 4
+def _spread(v, scale, count, j):
+    """The scales of 64 weights (of 8 or 16 sub-blocks in 256), one for each lane of four weights."""
+    each = 64 // count
     return v.shuffle(scale, None, [j * (count // 4) + lane // each for lane in range(16)])
 
 
-def _sums(v, columns, padded, token, at, count):
-    """Sums of the activations of each sub-block: count lanes from weight `at` on."""
-    name, per = ("s32", 32) if count == 8 else ("s16", 16)
-    return v.load(v.add(field_address(v, token, padded, name), v.b.udiv(v.mul(at, 4), v.i(per))), F32, count)
+def _scaled(v, layout, block, correction, record):
+    """Add what offset or minima contribute; the scales of weights times those of activations."""
+    if block.paired:
+        both = v.load(v.add(record, D), F32, 16)
+        v.set(correction, v.fma(block.scale, both, v.get(correction)))
+        return v.b.fmul(block.scale, both)
+    count = STEP // layout.sub
+    sums = v.load(v.add(record, S32 if count == 8 else S16), F32, count)
+    factor = block.scale if block.lows is None else block.lows
+    v.set(correction, v.fma(factor, sums, v.get(correction)))
+    d = v.load(v.add(record, D), F32, 8)
+    if count == 16:
+        d = v.shuffle(d, None, [i // 2 for i in range(16)])
+    return v.b.fmul(block.scale, d)
 
 
-def _quant_step(v, layout, accs, w, tokens, padded, at):
-    """Add 256 weights from weight `at` on to the accumulators of every token."""
+def _quant_step(v, layout, accs, w, records):
+    """Add 256 weights to the accumulators of every token."""
     block = layout.unpack(v, w)
-    count = block.scale.type.count
-    for (main, correction), token in zip(accs, tokens):
-        d = v.load(v.add(field_address(v, token, padded, "d"), v.b.lshr(at, v.i(3))), F32, 8)
-        sums = _sums(v, None, padded, token, at, count)
-        v.set(correction, v.fma(block.minimum, sums, v.get(correction)))
-        if count == 16:
-            d = v.shuffle(d, None, [i // 2 for i in range(16)])
-        scale = v.b.fmul(block.scale, d)
+    count = STEP // layout.sub
+    for (main, correction), record in zip(accs, records):
+        scale = _scaled(v, layout, block, correction, record)
         for j in range(4):
-            x = v.load(v.add(token, at, 64 * j), I8, 64)
+            x = v.load(v.add(record, 64 * j), I8, 64)
             dots = v.dot4(fill(I32, 16, 0), block.bytes[j], x, block.wide)
             slot = main[j % len(main)]
-            v.set(slot, v.fma(v.to_float(dots), _spread(v, scale, j), v.get(slot)))
+            v.set(slot, v.fma(v.to_float(dots), _spread(v, scale, count, j), v.get(slot)))
+    return block
+
+
+def _corrected(v, block, accs):
+    """The accumulators with the corrections as they are to be added to the sums."""
+    finished = []
+    for main, correction in accs:
+        value = v.get(correction)
+        if block.paired:
+            value = v.part(value, 8, 8)
+        elif block.offset is not None:
+            value = v.b.fmul(value, fill(F32, value.type.count, block.offset))
+        finished.append((main, value))
+    return finished
 
 
 def token_bases(v, x, stride, start, n, count):
@@ -75,7 +86,7 @@ def _finish(v, accs, ys, row):
             total = v.b.fadd(total, v.get(other))
         value = v.sum(total)
         if correction is not None:
-            value = v.b.fadd(value, v.sum(v.get(correction)))
+            value = v.b.fadd(value, v.sum(correction))
         v.store(v.add(y, v.mul(row, 4)), value)
 
 
@@ -106,21 +117,23 @@ def gemv(v, args, name, tokens):
 
 def _quant_row(v, name, address, xs, columns, tail, chains):
     layout = LAYOUTS[name]
-    padded = padded_columns(v, columns)
-    accs = _accumulators(v, len(xs), chains, STEP // layout.sub)
+    accs = _accumulators(v, len(xs), chains, layout.lanes)
     whole = v.b.lshr(columns, v.i(8))
+    block = None
     with v.loop(0, whole) as i:
         w = v.add(address, v.mul(i, layout.bytes))
         for line in range(0, layout.bytes, 64):
             v.prefetch(v.add(w, AHEAD + line))
-        _quant_step(v, layout, accs, w, xs, padded, v.b.shl(i, v.i(8)))
+        at = v.mul(i, RECORD)
+        block = _quant_step(v, layout, accs, w, [v.add(x, at) for x in xs])
     if layout.smallest < STEP:
         rest = v.b.and_(columns, v.i(STEP - 1))
         with v.when(v.b.icmp_signed(">", rest, v.i(0))):
             blocks = v.b.udiv(rest, v.i(layout.smallest))
             v.copy(tail, v.add(address, v.mul(whole, layout.bytes)), v.mul(blocks, layout.bytes * layout.smallest // STEP))
-            _quant_step(v, layout, accs, tail, xs, padded, v.b.shl(whole, v.i(8)))
-    return accs
+            at = v.mul(whole, RECORD)
+            _quant_step(v, layout, accs, tail, [v.add(x, at) for x in xs])
+    return _corrected(v, block, accs)
 
 
 def _float_row(v, name, address, xs, columns, tail, chains):

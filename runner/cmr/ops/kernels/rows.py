@@ -3,7 +3,8 @@
 import math
 
 from .emit import emitter
-from .product import field_address
+from .formats import STEP
+from .product import D, RECORD, S16, S32
 from .vector import F32, I8, I32, fill, vec
 
 NORM_KINDS = {"none": 0, "rms": 1, "layer": 2}
@@ -97,7 +98,6 @@ def normalize(v, args):
 def quantize(v, args):
     """Quantize one row of float32, zero-padded to a multiple of 256: x, record, padded columns (see product.py)."""
     x, record, padded = args[:3]
-    fields = {name: field_address(v, record, padded, name) for name in ("d", "s32", "s16")}
     with v.loop(0, padded, 32) as at:
         values = v.load(v.add(x, v.mul(at, 4)), F32, 32)
         size = v.reduce(v.call("llvm.fabs.v32f32", values.type, values), v.fmax)
@@ -105,13 +105,15 @@ def quantize(v, args):
         inverse = v.b.select(zero, F32(0.0), v.b.fdiv(F32(127.0), size))
         d = v.b.fmul(size, F32(1.0 / 127.0))
         whole = v.b.fptosi(v.rint(v.b.fmul(values, v.splat(inverse, 32))), vec(I32, 32))
-        v.store(v.add(record, at), v.b.trunc(whole, vec(I8, 32)))
+        there = v.add(record, v.mul(v.b.lshr(at, v.i(8)), RECORD))
+        inner = v.b.and_(at, v.i(STEP - 1))
+        v.store(v.add(there, inner), v.b.trunc(whole, vec(I8, 32)))
         sums = [v.b.sitofp(v.reduce(v.part(whole, 16 * k, 16), v.b.add), F32) for k in (0, 1)]
-        block = v.b.lshr(at, v.i(3))
-        v.store(v.add(fields["d"], block), d, 4)
-        v.store(v.add(fields["s32"], block), v.b.fmul(d, v.b.fadd(*sums)), 4)
+        place = v.add(there, v.b.lshr(inner, v.i(3)))
+        v.store(v.add(place, D), d, 4)
+        v.store(v.add(place, S32), v.b.fmul(d, v.b.fadd(*sums)), 4)
         for k in (0, 1):
-            v.store(v.add(fields["s16"], v.mul(block, 2), 4 * k), v.b.fmul(d, sums[k]), 4)
+            v.store(v.add(there, v.b.lshr(inner, v.i(2)), S16 + 4 * k), v.b.fmul(d, sums[k]), 4)
 
 
 @emitter("finish")
