@@ -222,6 +222,11 @@ def test_uniform_is_uniform_along_each_argument(varied):
     assert chisquare(np.bincount(low_bits, minlength=256)).pvalue > 1e-3
 
 
+def test_no_two_places_share_a_draw():
+    u = {uniform(seed, index, draw) for seed in range(10) for index in range(500) for draw in range(3)}
+    assert len(u) == 15000
+
+
 def test_draws_of_one_token_are_independent():
     u = np.array([[uniform(3, i, 0), uniform(3, i, 1)] for i in range(20000)])
     assert abs(np.corrcoef(u.T)[0, 1]) < 0.03

@@ -200,6 +200,7 @@ def test_mirostat_goes_back_to_a_snapshot():
         states.append(sampler.snapshot())
         tokens.append(sampler.sample(row.copy(), [], index))
     sampler.restore(states[10])
+    assert sampler.snapshot() == states[10]
     assert [sampler.sample(rows[i].copy(), [], i) for i in range(10, 30)] == tokens[10:]
     assert len(set(states)) == 30
 
