@@ -1,0 +1,1 @@
+"""Speed, memory and divergence of models on this machine, also against llama.cpp, measured in turns."""

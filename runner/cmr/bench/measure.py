@@ -1,0 +1,208 @@
+"""Run tests on one model: who takes part, in which order, and what is known about each result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import cmr
+from cmr.bench.cases import Case
+from cmr.bench.decoding import Decoding
+from cmr.bench.divergence import Divergence, divergence, written_text
+from cmr.bench.figures import Ratio, Spread, ratio, spread
+from cmr.bench.forward import CHUNK, Forward
+from cmr.bench.peer import Peer
+from cmr.bench.quiet import Watch
+from cmr.bench.rounds import Contender, Rounds, interleave
+from cmr.bench.work import Work, work_of
+
+KL_PROMPT, KL_TOKENS = 64, 192
+SPARE = 8  # tokens of context beyond a case's own
+
+
+@dataclass(frozen=True)
+class Side:
+    """A session to measure: its name in the table, its plugins."""
+
+    name: str
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: `rounds` of each case; `loop` times the whole token loop, not the forward pass alone.
+
+    Two sides are measured against each other, with the divergence of the second from the first. `text` is a
+    file that prompts are cut from, None for random tokens.
+    """
+
+    sides: tuple[Side, ...] = (Side("cmr"),)
+    rounds: int = 5
+    loop: bool = False
+    device: str = "cpu"
+    text: str | None = None
+    watch: Watch = field(default_factory=Watch)
+    roofs: bool = True
+
+    @property
+    def whole_loop(self) -> bool:
+        """Whether sessions are timed: plugins act in the loop."""
+        return self.loop or len(self.sides) > 1 or any(side.plugins for side in self.sides)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a contender's seconds for a case and what stands beside them.
+
+    `ratio` is to the contender named `against`; roofs are medians in units a second.
+    """
+
+    case: Case
+    name: str
+    seconds: tuple[float, ...]
+    rejected: int
+    disturbed: int
+    work: Work
+    roofs: dict[str, float]
+    ratio: Ratio | None = None
+    against: str | None = None
+    divergence: Divergence | None = None
+    kv_bytes: int | None = None
+    version: str | None = None
+
+    @property
+    def rates(self) -> Spread:
+        """Tokens a second of all sequences together."""
+        return spread([self.case.tokens / seconds for seconds in self.seconds])
+
+
+def measure(
+    path: str,
+    cases: Iterable[Case],
+    settings: Settings,
+    peer: Peer | None = None,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Iterator[Row]:
+    """Run the cases on a file and yield a row for each contender and case; `tell` hears what is next."""
+    groups: dict[int, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.threads, []).append(case)
+    for threads, group in groups.items():
+        with ExitStack() as stack:
+            need = max(case.context for case in group) + SPARE
+            model = _open(path, threads, need, settings.device)
+            stack.callback(model.close)
+            yield from _on_threads(model, group, settings, peer, tell, stack)
+
+
+def _open(path: str, threads: int, need: int, device: str) -> Any:
+    model = cmr.open_model(path, threads=threads, device=device)
+    if need <= model.config.n_ctx:
+        return model
+    model.close()
+    return cmr.open_model(path, threads=threads, device=device, context=need)
+
+
+def _on_threads(
+    model: Any,
+    group: Sequence[Case],
+    settings: Settings,
+    peer: Peer | None,
+    tell: Callable[[str], None],
+    stack: ExitStack,
+) -> Iterator[Row]:
+    text = _text(model, settings.text)
+    ours = [_contender(model, side, settings, text) for side in settings.sides]
+    for each in ours:
+        stack.callback(each.close)
+    roofs = _roofs(model, group[0].threads, settings, stack)
+    far = None
+    for case in group:
+        tell(f"{model.path.name} {case.name}, {case.threads} threads")
+        # The peer goes last and is the one to compare with, else the first side is.
+        all_: list[Contender] = [*ours, *([peer] if peer else [])]
+        rounds = interleave(all_, case, settings.rounds, settings.watch, lambda case=case: roofs(case))  # type: ignore[misc]
+        if len(settings.sides) > 1 and far is None:
+            tell(f"{model.path.name}: KL divergence of {settings.sides[1].name}")
+            far = _divergence(model, settings, text)
+        yield from _rows(model, case, all_, rounds, peer, far)
+
+
+def _contender(model: Any, side: Side, settings: Settings, text: Sequence[int] | None) -> Contender:
+    def open_session() -> Any:
+        return cmr.Session.open(model, list(side.plugins))
+
+    if settings.whole_loop:
+        return Decoding(open_session, side.name, text)
+    return Forward(open_session(), side.name, CHUNK)
+
+
+def _rows(
+    model: Any,
+    case: Case,
+    contenders: Sequence[Contender],
+    rounds: Rounds,
+    peer: Peer | None,
+    far: Divergence | None,
+) -> Iterator[Row]:
+    speeds = [[case.tokens / s for s in rounds.seconds(i)] for i in range(len(contenders))]
+    base = len(contenders) - 1 if peer else 0
+    roofs = {name: spread([each.roofs[name] for each in rounds.kept]).median for name in rounds.kept[0].roofs}
+    for i, contender in enumerate(contenders):
+        compared = i != base
+        yield Row(
+            case,
+            contender.name,
+            tuple(rounds.seconds(i)),
+            rounds.rejected,
+            rounds.disturbed,
+            work_of(model, case),
+            roofs,
+            ratio(speeds[i], speeds[base]) if compared else None,
+            contenders[base].name if compared else None,
+            far if i == 1 and contender is not peer else None,
+            contender.kv_bytes if isinstance(contender, Decoding) else None,
+            peer.version if contender is peer and peer else None,
+        )
+
+
+def _roofs(
+    model: Any, threads: int, settings: Settings, stack: ExitStack
+) -> Callable[[Case], dict[str, float]]:
+    """Make a function that measures the roofs a case is held against."""
+    if not settings.roofs or settings.device != "cpu":
+        return lambda case: {}
+    from cmr.bench.roof import Roof, file_spans
+
+    roof = Roof(threads, file_spans(model.file))
+    stack.callback(roof.close)
+
+    def take(case: Case) -> dict[str, float]:
+        found = {"read": roof.read_rate(False), "prefetched": roof.read_rate(True)}
+        return found | ({"dots": roof.dot_rate()} if case.n_prompt else {})
+
+    return take
+
+
+def _divergence(model: Any, settings: Settings, text: Sequence[int] | None) -> Divergence:
+    first, second = (cmr.Session.open(model, list(side.plugins)) for side in settings.sides[:2])
+    with first, second:
+        tokens = list(text or ())[: KL_PROMPT + KL_TOKENS]
+        if len(tokens) < KL_PROMPT + 2:
+            with cmr.Session.open(model) as plain:
+                tokens = written_text(plain, min(KL_PROMPT + KL_TOKENS, model.config.n_ctx - SPARE))
+        return divergence(first, second, tokens, min(KL_PROMPT, len(tokens) // 2))
+
+
+def _text(model: Any, path: str | None) -> list[int] | None:
+    """The tokens of a text file."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        raise cmr.RequestError(f"{path} cannot be read as text: {error}") from None
+    return model.tokenizer.encode(text, bos=True)

@@ -1,0 +1,188 @@
+"""`cmr bench FILE`: how fast a model runs here, against the machine's limits, plugins and llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from typing import Any
+
+from cmr.bench import footprint, report
+from cmr.bench.cases import Case, cases
+from cmr.bench.measure import Settings, Side, measure
+from cmr.bench.peer import LlamaWorker, Peer, open_peer
+from cmr.bench.quiet import LIMIT, Watch
+from cmr.cli.options import Parser, real, whole
+from cmr.cli.progress import Progress, say
+from cmr.errors import RequestError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print a table, CSV or JSON on stdout; remarks go to stderr."""
+    parser = _parser()
+    args = parser.parse(argv)
+    _refuse(args)
+    rows: list[dict[str, Any]] = []
+    for path in args.files:
+        rows += _measure(path, args)
+    if rows:
+        print({"md": report.table, "csv": report.as_csv, "json": _json}[args.output](rows))
+    if rows and args.plot:
+        say(report.bars(rows))
+    for path in args.files:
+        for line in _footprint(path, args):
+            say(line) if args.output != "md" else print(line)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="cmr bench", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="GGUF files")
+    add = parser.add_argument_group("tests; lists are separated by commas").add_argument
+    add("-p", "--n-prompt", type=_list(0), default="512", metavar="N", help="prompt tokens to read")
+    add("-n", "--n-gen", type=_list(0), default="128", metavar="N", help="tokens to generate")
+    add("-pg", type=_pair, action="append", default=[], metavar="P,N", help="read P tokens, then generate N")
+    add(
+        "-d",
+        "--n-depth",
+        type=_list(0),
+        default="0",
+        metavar="N",
+        help="tokens that are in the context before",
+    )
+    add("-b", "--parallel", type=_list(1), default="1", metavar="N", help="sequences that generate together")
+    add("-t", "--threads", type=_list(1), metavar="N", help="threads (default: all processors)")
+    add("-r", "--repetitions", type=whole(1), default=5, metavar="N", help="undisturbed rounds of each test")
+    add = parser.add_argument_group("what is compared").add_argument
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="attach a plugin; may be repeated",
+    )
+    add("--ab", nargs=2, metavar=("A", "B"), help="two lists of plugins, as in --ab '' 'kv-quant:bits=4'")
+    add("--loop", action="store_true", help="time the whole token loop with sampling, as plugins are timed")
+    add("--text", metavar="FILE", help="cut prompts from this text, not from random tokens; measure KL on it")
+    add("--peer", choices=["llama.cpp"], help="measure llama.cpp in turns on the same file and threads")
+    add("--peer-python", metavar="PATH", help="an interpreter that has llama-cpp-python (or CMR_PEER_PYTHON)")
+    add("--peer-bench", metavar="PATH", help="a llama-bench program (or CMR_PEER_BENCH)")
+    add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
+    add = parser.add_argument_group("beside speed").add_argument
+    add("--start", action="store_true", help="time the first run ever and a warm start, to the first text")
+    add(
+        "--memory",
+        type=whole(16),
+        metavar="N",
+        help="weigh the memory beyond the file with N tokens of context",
+    )
+    add(
+        "--noise",
+        type=real(0),
+        default=LIMIT,
+        metavar="CORES",
+        help="repeat a round in which others used more",
+    )
+    add("-o", "--output", choices=["md", "csv", "json"], default="md", help="form of the result")
+    add("--plot", action="store_true", help="draw the speeds as bars on stderr")
+    return parser
+
+
+def _list(low: int) -> Callable[[str], list[int]]:
+    """Make a converter for numbers separated by commas."""
+    one = whole(low)
+    return lambda text: [one(word) for word in text.split(",")]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        first, second = map(int, text.split(","))
+        if first < 1 or second < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants P,N with both at least 1, got {text!r}") from None
+    return first, second
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    if args.ab and args.plugin:
+        raise RequestError("--plugin and --ab both name plugins; write them into A and B")
+    if (args.peer_python or args.peer_bench) and not args.peer:
+        raise RequestError("--peer-python and --peer-bench are for --peer llama.cpp, which is missing")
+    if args.text and not (args.ab or args.plugin or args.loop):
+        raise RequestError("--text is for --loop, --plugin and --ab; the forward pass takes random tokens")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    if args.ab:
+        sides = tuple(Side(text.strip() or "plain", tuple(shlex.split(text))) for text in args.ab)
+        if sides[0].name == sides[1].name:
+            sides = (sides[0], Side(f"{sides[1].name} again", sides[1].plugins))
+    else:
+        sides = (Side(" ".join(["cmr", *args.plugin]), tuple(args.plugin)),)
+    return Settings(
+        sides=sides,
+        rounds=args.repetitions,
+        loop=args.loop,
+        device=args.device,
+        text=args.text,
+        watch=Watch(args.noise),
+    )
+
+
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for threads in args.threads or [processors]:
+        yield from cases(args.n_prompt, args.n_gen, args.n_depth, args.parallel, args.pg, threads)
+
+
+def _measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    chosen = list(_cases(args))
+    if not chosen:
+        return []
+    peer = _peer(path, args, max(case.context for case in chosen)) if args.peer else None
+    with closing(peer) if peer else nullcontext(), Progress(f"opening {path}") as progress:
+
+        def tell(what: str) -> None:
+            progress.what = what
+
+        return [report.as_json(path, row) for row in measure(path, chosen, _settings(args), peer, tell)]
+
+
+def _peer(path: str, args: argparse.Namespace, context: int) -> Peer:
+    return open_peer(path, context, args.peer_python, args.peer_bench)
+
+
+def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
+    """The lines about starting and memory."""
+    name, threads = os.path.basename(path), (args.threads or [2])[-1]
+    if args.start:
+        times = footprint.start_times(path)
+        warm = sorted(times["warm"])[len(times["warm"]) // 2]
+        yield f"{name}: first run ever {times['cold'][0]:.2f} s to the first text, warm start {warm:.2f} s"
+    if args.memory:
+        ours = footprint.memory(path, args.memory, threads, args.plugin)
+        line = f"{name}: {_megabytes(ours)} beyond the file with {args.memory} tokens"
+        if args.peer:
+            with closing(_peer(path, args, args.memory)) as peer:
+                if isinstance(peer, LlamaWorker):
+                    line += (
+                        f"; llama.cpp {_megabytes(peer.ask('memory', context=args.memory, threads=threads))}"
+                    )
+        yield line
+
+
+def _megabytes(found: dict[str, Any]) -> str:
+    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} before the model was opened)"
+
+
+def _json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
