@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # Write a story with the bundled model: make run PROMPT="The dragon" ARGS="-n 60 --seed 3"
 run: .venv/installed
-	$(BIN)/cmr-run $(MODEL) -p "$(PROMPT)" $(ARGS)
+	$(BIN)/cmr-run $(MODEL) -p "$(PROMPT)" -n 200 $(ARGS)
 
 # Run the tests: make test ARGS="-k chat"
 test: .venv/installed-test

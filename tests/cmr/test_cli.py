@@ -34,7 +34,16 @@ def test_the_text_alone_goes_to_stdout(model, story):
 
 def test_the_figures_go_to_stderr(story):
     (line,) = story.stderr.splitlines()[-1:]
-    for word in ("prompt ", "decode 24 tokens", "tok/s", "weights ", "first token ", "KV ", "seed ", "end: "):
+    for word in (
+        "prompt ",
+        "decode 24 tokens",
+        "tok/s",
+        "weights read ",
+        "first token ",
+        "KV ",
+        "seed ",
+        "end: ",
+    ):
         assert word in line
 
 

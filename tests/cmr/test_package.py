@@ -60,7 +60,8 @@ def test_the_base_install_asks_for_what_the_packages_import():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"cmr", "cmr_plugins"}
-    assert foreign - {"llvmlite"} == wanted  # numba brings llvmlite
+    # numba brings llvmlite; llama_cpp is measured against where it happens to be installed
+    assert foreign - {"llvmlite", "llama_cpp"} == wanted
 
 
 def test_importing_cmr_is_quick_and_light():

@@ -13,14 +13,17 @@ from cmr.session import Session
 
 
 class Writer:
-    """Text to stdout, piece by piece, that ends with a newline."""
+    """Text to stdout, piece by piece, that ends with a newline; `lead` goes to stderr just before it."""
 
-    def __init__(self) -> None:
-        self._last = ""
+    def __init__(self, lead: str = "") -> None:
+        self._lead, self._last = lead, ""
 
     def write(self, piece: str) -> None:
         """Show a piece at once."""
-        self._last = piece
+        if self._lead:
+            sys.stderr.write(self._lead)
+            sys.stderr.flush()
+        self._lead, self._last = "", piece
         sys.stdout.write(piece)
         sys.stdout.flush()
 
@@ -31,7 +34,10 @@ class Writer:
 
 
 def answer(session: Session, request: Request, write: Callable[[str], Any]) -> tuple[Sequence, bool]:
-    """Run a request, giving `write` each piece of text; return its sequence and whether Ctrl-C ended it."""
+    """Run a request, giving `write` each piece of text; return its sequence and whether Ctrl-C ended it.
+
+    Raises what made the sequence fail, after the text that came before.
+    """
     seq = session.add(request, text=True)
     with Interrupts() as interrupts, Progress("reading the prompt") as progress:
         session.model.ops.compiling = CompileNotice(progress)
@@ -41,6 +47,8 @@ def answer(session: Session, request: Request, write: Callable[[str], Any]) -> t
             _drain(seq, write, progress)
         session.cancel(seq)
     _drain(seq, write, progress)
+    if seq.error is not None:
+        raise seq.error
     return seq, seq.stop == "cancelled"
 
 

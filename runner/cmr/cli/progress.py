@@ -64,7 +64,7 @@ class CompileNotice:
     """Says that kernels are being compiled, once on a machine; an op table calls it for each."""
 
     def __init__(self, progress: Progress) -> None:
-        self.progress, self.count = progress, 0
+        self.progress, self.count, self.seconds = progress, 0, 0.0
 
     def __call__(self, kernel: str, seconds: float, from_cache: bool) -> None:
         """Count a kernel that was compiled and not found in the cache."""
@@ -73,6 +73,7 @@ class CompileNotice:
         if not self.count:
             say("compiling kernels for this machine, which are kept for later runs")
         self.count += 1
+        self.seconds += seconds
         self.progress.what = f"compiling kernels, {self.count} so far"
 
 

@@ -122,26 +122,25 @@ def chats(args: argparse.Namespace, prompt: str | None, model: Model) -> bool:
 def complete(args: argparse.Namespace, session: Session, prompt: str, wanted: dict[str, Any]) -> int:
     """Continue the prompt on stdout and close with the figures on stderr."""
     request = session.request(prompt, special=True, **wanted)
-    show_prompt(args, session, request, prompt)
+    if args.verbose_prompt:
+        show_tokens(session.model.tokenizer, prompt)
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
     text: list[str] = []
-    writer = Writer()
-    seq, interrupted = answer(session, request, text.append if args.json else writer.write)
+    writer = Writer(prompt if on_terminal and not args.no_display_prompt else "")
+    try:
+        seq, interrupted = answer(session, request, text.append if args.json else writer.write)
+    finally:
+        writer.end()
     if args.json:
         print(json.dumps(as_json(session, seq, "".join(text)), ensure_ascii=False))
-    writer.end()
-    say("\n".join(["", *summary(session, seq)]) if sys.stderr.isatty() else "\n".join(summary(session, seq)))
+    say("\n".join([*([""] if on_terminal else []), *summary(session, seq)]))
     return INTERRUPTED if interrupted else 0
 
 
-def show_prompt(args: argparse.Namespace, session: Session, request: Any, prompt: str) -> None:
-    """Show the prompt where a person reads along, and its tokens where they were asked for."""
-    if args.verbose_prompt:
-        tokenizer = session.model.tokenizer
-        tokens = request.tokens or tokenizer.encode(prompt, special=True, bos=True)
-        say("\n".join(f"{token:6} {tokenizer.piece(token).decode('utf-8', 'replace')!r}" for token in tokens))
-    if sys.stdout.isatty() and sys.stderr.isatty() and not (args.no_display_prompt or args.json):
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+def show_tokens(tokenizer: Any, prompt: str) -> None:
+    """List the prompt's tokens on stderr."""
+    for token in tokenizer.encode(prompt, special=True, bos=True):
+        say(f"{token:6} {tokenizer.piece(token).decode('utf-8', 'replace')!r}")
 
 
 if __name__ == "__main__":

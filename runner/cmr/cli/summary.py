@@ -22,13 +22,16 @@ def summary(session: Session, seq: Sequence | None) -> list[str]:
     figures = session.report()
     parts = [f"prompt {figures['prompt_tokens']} tokens, {figures['prompt_tps']:.1f} tok/s"]
     parts.append(f"decode {figures['tokens']} tokens, {figures['decode_tps']:.1f} tok/s")
-    parts.append(f"weights {size(figures['weight_bytes_rate'])}/s")
+    parts.append(f"weights read {size(figures['weight_bytes_rate'])}/s")
     if figures["time_to_first_token"] is not None:
         parts.append(f"first token {figures['time_to_first_token']:.3f} s")
     parts.append(f"KV {size(figures['kv_bytes'])}")
     if seq is not None:
         parts.append(f"seed {seq.request.sampling.seed}")
         parts.append(f"end: {REASONS.get(seq.stop or '', seq.stop)}")
+    compiled = getattr(session.model.ops, "compiling", None)
+    if compiled is not None and compiled.count:
+        parts.append(f"compiling took {compiled.seconds:.1f} s of this, once")
     lines = [" | ".join(parts)]
     for name, thing in figures.items():
         if isinstance(thing, dict):
