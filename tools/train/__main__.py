@@ -15,7 +15,11 @@ from tools.train.rows import Rows
 from tools.train.train import Plan, Run, train
 from tools.train.vocabulary import Vocabulary, train_vocabulary
 
-PLANS = {"tiny": Plan(), "nano": Plan(steps=1500, decay=400), "test": Plan(steps=4, decay=2, batch=128)}
+PLANS = {
+    "tiny": Plan(),
+    "nano": Plan(steps=1000, decay=400, growth=((0.0, 1.0),), stages=((0.0, 256), (0.8, 512))),
+    "test": Plan(steps=4, decay=2, batch=128),
+}
 
 CHANGES = ("steps", "decay", "batch", "lr", "seed")
 

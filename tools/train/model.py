@@ -103,6 +103,13 @@ class Llama(nn.Module):
         layers = layers or len(self.blk)
         return self.head(self.hidden(tokens, (layers,))[layers])
 
+    @torch.no_grad()
+    def begin_like(self, teacher):
+        """Take the principal directions of a wider teacher's embedding as this model's embedding."""
+        directions = torch.linalg.svd(teacher.token_embd, full_matrices=False)[2][: self.shape.width]
+        found = teacher.token_embd @ directions.T
+        self.token_embd.copy_(found * (0.02 / found.std()))
+
     def skips(self, random):
         """Choose the layers to leave out of a step: never the first, the last with probability `drop`."""
         n = len(self.blk)

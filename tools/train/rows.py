@@ -5,7 +5,7 @@ import random
 import numpy as np
 from tools.train import tasks
 
-SHARES = {"stories": 0.68, "simple": 0.06, "tales": 0.03, "classics": 0.01, "tasks": 0.22}
+SHARES = {"stories": 0.65, "simple": 0.06, "tales": 0.02, "classics": 0.01, "tasks": 0.26}
 
 
 class Rows:

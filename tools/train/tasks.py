@@ -9,12 +9,13 @@ import json
 
 words = str.split
 NAMES = words(
-    "Tom Lily Ben Mia Sam Anna Max Sue Tim Lucy Jack Amy Bob Ella Leo Sara John Jane Fin Rose Mark Nina Dan Kate"
+    "Tom Lily Ben Mia Sam Anna Max Sue Tim Lucy Jack Amy Bob Ella Leo Sara John Jane Fin Rose Mark Nina Dan "
+    "Kate"
 )
 THINGS = words(
     "ball box cat dog tree car hat book cup bird fish bear star flower cake apple boat door bed kite frog "
-    "duck shoe bell rock leaf doll drum train pig cow sun moon egg key ring coat chair lamp spoon horse mouse "
-    "sock bag toy"
+    "duck shoe bell rock leaf doll drum train pig cow sun moon egg key ring coat chair lamp spoon horse "
+    "mouse sock bag toy"
 )
 COLORS = words("red blue green yellow pink black white brown orange purple gray gold")
 ADJECTIVES = words("big small old new happy sad soft loud shiny pretty tall fast slow funny")
@@ -44,13 +45,14 @@ def value(rng):
 
 
 def copying(rng, filler, room):
-    """Write words or digits down and copy them."""
-    length = rng.randint(2, 24 if room > 150 else 8)
+    """Write words or digits down and copy them up to three times."""
+    length = rng.randint(2, 32 if room > 200 else 8)
     if rng.random() < 0.3:
         text = " ".join(rng.choice("0123456789") for _ in range(length))
     else:
         text = " ".join(rng.choice(WORDS) for _ in range(length))
-    return [("Copy: ", 0.0), (text, 0.0), ("\nCopy: ", 0.3), (text + "\n", 2.0)]
+    copies = rng.randint(1, 3 if room > 5 * length + 20 else 1)
+    return [("Copy: ", 0.0), (text, 0.0), ("\n", 0.3), *[("Copy: ", 0.3), (text + "\n", 2.0)] * copies]
 
 
 def counting(rng, filler, room):
@@ -77,8 +79,8 @@ def as_json(rng, filler, room):
 
 
 def sum_of(rng):
-    """Return (a, sign, b, result) of a small sum, both terms mostly under 20."""
-    top = rng.choice((10, 20, 20, 50))
+    """Return (a, sign, b, result) of a small sum, both terms up to 20."""
+    top = rng.choice((5, 10, 10, 20))
     a, b = rng.randint(0, top), rng.randint(0, top)
     return (a, "+", b, a + b) if rng.random() < 0.6 else (max(a, b), "-", min(a, b), abs(a - b))
 
@@ -153,7 +155,7 @@ def storytelling(rng, filler, room):
     return chat(ask, story)
 
 
-MIX = {recall: 8, copying: 4, counting: 2, as_json: 2, arithmetic: 4, thoughtful: 3, talk: 3, storytelling: 4}
+MIX = {recall: 9, copying: 8, counting: 2, as_json: 2, arithmetic: 4, thoughtful: 3, talk: 3, storytelling: 4}
 
 
 def make(rng, filler, room):

@@ -21,11 +21,11 @@ from tools.train.optim import optimizers
 class Plan:
     """How long and how fast to train: after a warm-up the rate is constant, then falls over `decay` steps."""
 
-    steps: int = 2400
-    decay: int = 600
+    steps: int = 1100
+    decay: int = 300
     warmup: int = 60
     batch: int = 4096
-    lr: float = 0.012
+    lr: float = 0.015
     weight_decay: float = 0.05
     exit_weight: float = 0.3
     ema: float = 0.99
@@ -56,9 +56,11 @@ class Run:
         self.folder, self.plan, self.rows, self.device, self.step = Path(folder), plan, rows, device, 0
         self.shape = shape
         self.model = Llama(shape).to(device)
+        self.teacher = read_gguf(teacher)[0].to(device).eval() if teacher else None
+        if teacher:
+            self.model.begin_like(self.teacher)
         self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.optimizers = optimizers(self.model, plan.lr, plan.weight_decay)
-        self.teacher = read_gguf(teacher)[0].to(device).eval() if teacher else None
         self.exit_loss = exit_loss
         self.folder.mkdir(parents=True, exist_ok=True)
 
