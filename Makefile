@@ -30,9 +30,9 @@ fmt: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Measure this machine: cold and warm start, prompt and decode speed of the bundled model
+# Measure the bundled model on this machine: speed beside the machine's limits, memory, first run and warm start
 bench: .venv/installed
-	$(BIN)/python tools/bench_start.py $(MODEL) $(ARGS)
+	$(BIN)/cmr bench $(MODEL) --start --memory 512 $(ARGS)
 
 # Remove what the targets above made
 clean:

@@ -102,6 +102,17 @@ def test_the_flags_in_the_readme_exist():
         assert {word for word in line.split() if re.match(r"--?[a-z]", word)} <= known, line
 
 
+def test_the_readme_lists_all_architectures_and_tensor_types():
+    from cmr.architectures import ARCHITECTURES
+    from cmr.quants import FORMATS
+
+    text = README.replace("\n", " ").replace(" (Mistral's too)", "")
+    architectures = re.search(r"of the architectures ([\w, ]+?), with tensors", text)[1]
+    types = re.search(r"tensors of the types ([\w, ]+?)\.", text)[1]
+    assert set(re.split(r", | and ", architectures)) == set(ARCHITECTURES)
+    assert set(re.split(r", | and ", types)) == {kind.name for kind in FORMATS.values()}
+
+
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
