@@ -75,7 +75,7 @@ def divergence(base: Any, other: Any, tokens: Tokens[int], n_prompt: int) -> Div
 def written_text(session: Any, size: int, seed: int = 1) -> list[int]:
     """Return tokens that the session itself writes when each is drawn from its plain distribution."""
     request = session.request(
-        [session.model.tokenizer.bos or 0],
+        [int(session.model.metadata.get("tokenizer.ggml.bos_token_id", 0))],
         **{"max_tokens": size, "temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
         seed=seed,
         ignore_eos=True,

@@ -41,7 +41,7 @@ def _first_text(path: str, cache: str) -> float:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"NUMBA_CACHE_DIR": cache},
+        env=_environment(NUMBA_CACHE_DIR=cache),
     ) as process:
         first = process.stdout.read(1) if process.stdout else b""
         seconds = time.perf_counter() - started
@@ -52,11 +52,16 @@ def _first_text(path: str, cache: str) -> float:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise RequestError(f"measuring memory failed: {last[0]:.300}")
     return done.stdout
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """The environment of a process that imports what this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | more
 
 
 def _fill(about: dict[str, Any]) -> dict[str, int]:
