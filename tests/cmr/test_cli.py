@@ -6,7 +6,7 @@ import shlex
 import signal
 
 import pytest
-from tests.cli_runs import ROOT, bundled, run, start
+from tests.cli_runs import ENV, ROOT, bundled, run, start
 from tests.ggufs import write_gguf
 
 STORY = ("-p", "Once upon a time", "--temp", "0", "-n", "24")
@@ -215,6 +215,22 @@ def test_a_plugin_from_a_file_acts(model, tmp_path):
     result = run(model, *STORY, "--json", "--plugin", f"{tmp_path / 'mine.py'}:Mine:after=5")
     assert len(json.loads(result.stdout)["tokens"]) == 5
     assert "end: enough" in result.stderr
+
+
+def test_a_profile_sets_plugins_and_options_and_the_command_line_wins(model, story, tmp_path):
+    (tmp_path / "p.toml").write_text("temp = 0.0\nmax_tokens = 24\n[plugins.stop-loop]\n")
+    flags = ("-p", "Once upon a time", "--profile", str(tmp_path / "p.toml"), "--json")
+    assert json.loads(run(model, *flags).stdout)["text"] + "\n" == story.stdout
+    assert len(json.loads(run(model, *flags, "-n", "3").stdout)["tokens"]) == 3
+
+
+def test_the_locale_does_not_matter(model, story):
+    piped = "Once upon a time — «été» 🦊"
+    plain = run(model, "-n", "4", "--verbose-prompt", "--temp", "0", typed=piped)
+    poor = run(model, "-n", "4", "--verbose-prompt", "--temp", "0", typed=piped,
+               env=ENV | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})  # fmt: skip
+    assert poor.returncode == 0
+    assert poor.stdout == plain.stdout
 
 
 def test_mlock_keeps_the_file_in_memory_or_says_why_not(model):

@@ -166,7 +166,7 @@ def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
         yield f"{name}: first run ever {times['cold'][0]:.2f} s to the first text, warm start {warm:.2f} s"
     if args.memory:
         ours = footprint.memory(path, args.memory, threads, args.plugin)
-        line = f"{name}: {_megabytes(ours)} beyond the file with {args.memory} tokens"
+        line = f"{name}: with {args.memory} tokens of context, memory beyond the file is {_megabytes(ours)}"
         if args.peer:
             with closing(_peer(path, args, args.memory)) as peer:
                 if isinstance(peer, LlamaWorker):
@@ -177,7 +177,7 @@ def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _megabytes(found: dict[str, Any]) -> str:
-    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} before the model was opened)"
+    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} MB of it before the model was opened)"
 
 
 def _json(rows: list[dict[str, Any]]) -> str:

@@ -56,7 +56,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if default in (None, False, True, argparse.SUPPRESS) or default == []:
+        if default in (None, False, True, argparse.SUPPRESS, [], {}):
             return action.help
         return f"{action.help} (default: {str(default).replace('%', '%%')})"
 

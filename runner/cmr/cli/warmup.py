@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _warm(args: argparse.Namespace, notice: CompileNotice) -> None:
     if args.file:
-        model = open_model(args.file)
+        model: Any = open_model(args.file)
         model.ops.compiling = notice
         warm_model(model)
         model.close()
     else:
-        ops = open_ops()
+        ops: Any = open_ops()
         ops.compiling = notice
         warm_table(ops)
         ops.close()
