@@ -10,13 +10,13 @@ from cmr import PluginError, hookimpl, plugin
 
 
 class State(NamedTuple):
-    """Where a text is: `count` tokens into reasoning or answer, `closing` ids of the closing tag forced.
+    """Where a text is: `length` tokens into reasoning or answer, `closing` ids of the closing tag forced.
 
     `tail` is the end of the text in bytes, `sure` the confidence in the latest tokens of the reasoning.
     """
 
     thinking: bool = False
-    count: int = 0
+    length: int = 0
     closing: int = 0
     tail: bytes = b""
     sure: tuple[float, ...] = ()
@@ -68,7 +68,7 @@ class Budget:
         """Force the closing tag, token by token, in the rows where the reasoning must end."""
         if self.exact:
             return
-        state, sure = self._state(seq), []
+        state, sure = self._state(seq), list[float]()
         for row in range(len(logits)):
             if row:
                 state = self._next(state, draft[row - 1], sure[-1])
@@ -87,7 +87,7 @@ class Budget:
         state = self._next(before, token, waiting.pop() if waiting else 0.0)
         seq.notes["budget"] = state
         self.closed += before.closing == len(self.close_ids) - 1 and not state.thinking
-        if self.answer is not None and not state.thinking and state.count >= self.answer:
+        if self.answer is not None and not state.thinking and state.length >= self.answer:
             self.ended += 1
             return "budget"
         return None
@@ -107,11 +107,11 @@ class Budget:
         return state
 
     def _must_close(self, state: State) -> bool:
-        if state.closing or (self.think is not None and state.count >= self.think):
+        if state.closing or (self.think is not None and state.length >= self.think):
             return True
-        window = state.sure
-        full = self.sure is not None and len(window) == self.window
-        return full and min(window) >= self.sure and max(window) - min(window) <= self.spread
+        if self.sure is None or len(state.sure) < self.window:
+            return False
+        return min(state.sure) >= self.sure and max(state.sure) - min(state.sure) <= self.spread
 
     def _next(self, state: State, token: int, sure: float) -> State:
         """The state one token later."""
@@ -121,7 +121,7 @@ class Budget:
         if tag in tail[1 - len(tag) - len(piece) :]:
             return State(thinking=not state.thinking, tail=tail)
         window = (*state.sure, sure)[-self.window :] if self.sure is not None and state.thinking else ()
-        return State(state.thinking, state.count + 1, state.closing + 1 if forced else 0, tail, window)
+        return State(state.thinking, state.length + 1, state.closing + 1 if forced else 0, tail, window)
 
 
 def _likeliest(logits: np.ndarray) -> float:

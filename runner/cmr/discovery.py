@@ -211,7 +211,7 @@ def check_hooks(name: str, thing: Any) -> None:
         for argument, parameter in inspect.signature(getattr(thing, hook)).parameters.items():
             if argument not in known and argument != "self" and parameter.default is parameter.empty:
                 raise PluginError(f"{name}: {hook} has no argument {argument!r}{hint(argument, known)}")
-        marks = _marked(thing, hook)
+        marks = _marked(thing, hook) or {}
         if (marks["wrapper"] or marks["hookwrapper"]) and hook not in hookspecs.PLAN:
             raise PluginError(
                 f"{name}: {hook} runs as a plain call and cannot be a wrapper; only plan hooks can"

@@ -39,7 +39,12 @@ class Loop:
     def step(self) -> None:
         """Run one step; a failure ends the sequences it concerns and is kept as their `error`."""
         began = perf_counter()
-        parts = [part for part in (self._try_part(seq, limit) for seq, limit in self._picked()) if part]
+        parts = []
+        for seq, limit in self._picked():
+            try:
+                parts.append(self._part(seq, limit))
+            except Exception as error:
+                self._end([seq], error)
         if not parts:
             return
         step = Step(parts)
@@ -50,7 +55,7 @@ class Loop:
             self.stepping = False
         self.figures.count(step, perf_counter() - began)
         for part in step.parts:
-            if part.seq.stop and part.seq in self.running:
+            if part.seq.stop is not None and part.seq in self.running:
                 self.finish(part.seq)
 
     def _run(self, step: Step) -> None:
@@ -63,25 +68,32 @@ class Loop:
                 self._trim(part.seq, part.seq.cached)
             if not isinstance(error, Exception):
                 raise
-            self._fail(step, error)
+            self._fail(step.parts, error)
             return
         step.seconds = perf_counter() - began
         for part, rows in zip(step.parts, logits):
             try:
                 self._accept(part, rows)
             except Exception as error:
-                part.seq.error, part.seq.stop = self.plan.blame.named(error), "error"
+                self._fail([part], error)
         try:
             for hook in self.plan.on_step:
                 hook(step)
         except Exception as error:
-            self._fail(step, error)
+            self._fail(step.parts, error)
 
-    def _fail(self, step: Step, error: Exception) -> None:
-        """End every sequence of a step."""
+    def _fail(self, parts: list[Part], error: Exception) -> None:
+        """Mark the sequences of these parts as failed; the first failure counts."""
         named = self.plan.blame.named(error)
-        for part in step.parts:
+        for part in parts:
             part.seq.error, part.seq.stop = part.seq.error or named, "error"
+
+    def _end(self, seqs: list[Sequence], error: Exception) -> None:
+        """End sequences that failed before the step."""
+        named = self.plan.blame.named(error)
+        for seq in seqs:
+            seq.error, seq.stop = named, "error"
+            self.finish(seq)
 
     # -- before the forward pass --
 
@@ -89,35 +101,16 @@ class Loop:
         """Ask the scheduler; if it fails or picks nothing that can run, all sequences end with its error."""
         try:
             picked = self.scheduler.pick()
-            self._check_picked(picked)
+            if not _sound(picked, self.running):
+                owner = self.plan.owners["scheduler"][0]
+                raise PluginError(
+                    f"{owner}: pick returned {picked!r:.200} with {len(self.running)} sequences under way; "
+                    "it returns pairs (seq, most rows to feed), each sequence once, one at least"
+                )
             return picked
         except Exception as error:
-            named = self.plan.blame.named(error)
-            for seq in list(self.running):
-                seq.error, seq.stop = named, "error"
-                self.finish(seq)
+            self._end(list(self.running), error)
             return []
-
-    def _check_picked(self, picked: Any) -> None:
-        try:
-            good = picked and all(seq in self.running and index(limit) >= 1 for seq, limit in picked)
-            if good and (len(picked) == 1 or len({id(seq) for seq, _ in picked}) == len(picked)):
-                return
-        except (TypeError, ValueError):
-            pass
-        owner = self.plan.owners["scheduler"][0]
-        raise PluginError(
-            f"{owner}: pick returned {picked!r:.200} with {len(self.running)} sequences under way; "
-            "it returns pairs (seq, most rows to feed), each sequence once, one at least"
-        )
-
-    def _try_part(self, seq: Sequence, limit: int) -> Part | None:
-        try:
-            return self._part(seq, limit)
-        except Exception as error:
-            seq.error, seq.stop = self.plan.blame.named(error), "error"
-            self.finish(seq)
-            return None
 
     def _part(self, seq: Sequence, limit: int) -> Part:
         """What to feed: tokens of one role that are not cached yet, and a draft behind the last of them."""
@@ -249,3 +242,14 @@ class Loop:
                 hook(seq)
         for hook in self.plan.finish_request:
             hook(seq.request, seq.new, seq.stop)
+
+
+def _sound(picked: Any, running: dict[Sequence, None]) -> bool:
+    """Whether a scheduler answered with (sequence under way, rows), each sequence once, one at least."""
+    try:
+        for seq, limit in picked:
+            if seq not in running or limit < 1:
+                return False
+        return len(picked) == 1 or len({id(seq) for seq, _ in picked}) == len(picked) > 0
+    except (TypeError, ValueError):
+        return False

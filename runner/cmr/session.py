@@ -139,7 +139,7 @@ class Session:
 
     def step(self) -> bool:
         """Run one step; return whether anything is still under way."""
-        if self.loop.figures.steps:
+        if self._idle and self.loop.figures.steps:
             self.idle()
         if self.loop.running:
             self.loop.step()
@@ -183,9 +183,10 @@ class Session:
                 if seq.stop is None:
                     self.loop.add(seq)
             yield
-            while any(seq.stop is None for seq in seqs):
-                self.step()
-                yield
+            for seq in seqs:
+                while seq.stop is None:
+                    self.step()
+                    yield
         finally:
             for seq in seqs:
                 self.cancel(seq)

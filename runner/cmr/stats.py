@@ -36,6 +36,7 @@ class Figures:
             self.tokens += gained
             if not part.prompt:
                 self.decode_tokens += gained
+            if part.draft:
                 self.drafted += len(part.draft)
                 self.accepted += max(0, gained - 1)
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"ops", "config"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer"},
     {"weights", "arena"},
+    {"replay"},
     {"model", "discovery", "blame"},
     {"plan"},
     {"resolve", "fingerprint", "admission", "scheduler", "loop"},
