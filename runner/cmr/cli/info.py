@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 import cmr
+from cmr.arena import Arena
 from cmr.chat import ChatTemplate
 from cmr.cli.options import Parser, whole
 from cmr.config import read_config
 from cmr.errors import CMRError
 from cmr.gguf_file import GGUFFile, open_gguf
+from cmr.model import MAX_ROWS
+from cmr.ops import open_ops
+from cmr.stats import size
 from cmr.tokenizer import tokenizer_from
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -82,6 +86,7 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
     shapes = [config.kv_shape(layer) for layer in range(config.n_layers)]
     kv_token = sum(2 * heads * (dim + dim_v) for heads, dim, dim_v in shapes)
     context = context or config.n_ctx_train
+    activations = Arena(open_ops("portable"), config, MAX_ROWS).nbytes
     return {
         "layers": config.n_layers,
         "width": config.n_embd,
@@ -94,7 +99,8 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
         "context": context,
         "kv_bytes_token": kv_token,
         "kv_bytes": kv_token * context,
-        "memory_bytes": file.nbytes + kv_token * context,
+        "activation_bytes": activations,
+        "memory_bytes": file.nbytes + kv_token * context + activations,
     }
 
 
@@ -160,7 +166,8 @@ def _model_rows(model: dict[str, Any] | None) -> list[tuple[str, Any]]:
         ("layers", f"{model['layers']} of width {model['width']}, feed-forward {model['feed_forward']}"),
         ("attention", heads),
         ("context", f"{model['context_trained']} tokens in training"),
-        ("memory", f"{size(model['memory_bytes'])}: the file and {kv}"),
+        ("memory", f"{size(model['memory_bytes'])} at most: the file, {kv},"),
+        ("", f"{size(model['activation_bytes'])} activations"),
     ]
 
 
@@ -180,11 +187,6 @@ def _tokenizer_rows(tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
         system = "takes" if template["takes_system"] else "has no place for"
         chat = f"{template['characters']} characters, {system} a system message"
     return [("tokenizer", f"{kind}, {tokenizer['tokens']} tokens; {special}"), ("chat template", chat)]
-
-
-def size(count: float) -> str:
-    """Write bytes with a decimal unit."""
-    return f"{number(count)}B" if count >= 1000 else f"{count:.0f} B"
 
 
 def number(count: float) -> str:
