@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cmr.config import Config
@@ -25,14 +27,11 @@ class Arena:
 
     def __init__(self, ops: Ops, config: Config, rows: int) -> None:
         self.ops, self.config, self.rows = ops, config, rows
-        widths = [qkv_rows(config, layer) for layer in range(config.n_layers)]
-        self.hidden = ops.buffer(rows, config.n_embd)
-        self.qkv = ops.buffer(rows, max(map(sum, widths)))
-        self.mixed = ops.buffer(rows, max(config.n_heads) * config.head_dim_v)
-        self.inner = ops.buffer(rows, max(config.n_ff))
-        self.spare = ops.buffer(rows, config.n_embd)
+        buffers = (ops.buffer(rows, width) for width in _widths(config))
+        self.hidden, self.qkv, self.mixed, self.inner, self.spare = buffers
         self.last: Buffer = ops.buffer(0, config.n_embd)
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
+        self.pos = np.zeros(rows, np.int32)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 
     @property
@@ -46,6 +45,16 @@ class Arena:
         if rows > self.last.rows:
             self.last = self.ops.buffer(rows, self.config.n_embd)
             self.logits = self.ops.buffer(rows, self.config.n_vocab)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers that are ever replaced lie."""
+        return (self.hidden.addr, self.logits.addr)
+
+    def rows_of_logits(self, parts: Any) -> list[np.ndarray]:
+        """Return views of the logits, float32 [part.want, n_vocab] for each part."""
+        stops = np.cumsum([part.want for part in parts]).tolist()
+        return [self.logits.array[stop - part.want : stop] for part, stop in zip(parts, stops)]
 
     def heads(self, layer: int, rows: slice) -> Heads:
         """Return views of a range of rows: q and out [n, heads, dim], k and v [n, kv_heads, dim]."""
@@ -70,3 +79,14 @@ class Arena:
             v.reshape(n, kv_heads, -1),
             out.reshape(n, heads, -1),
         )
+
+
+def arena_bytes(config: Config, rows: int) -> int:
+    """Return the bytes of an Arena for steps of up to `rows` rows, one of which wants logits."""
+    return 4 * (rows * sum(_widths(config)) + config.n_embd + config.n_vocab)
+
+
+def _widths(config: Config) -> tuple[int, int, int, int, int]:
+    """The columns of hidden, qkv, mixed, inner and spare."""
+    qkv = max(sum(qkv_rows(config, layer)) for layer in range(config.n_layers))
+    return config.n_embd, qkv, max(config.n_heads) * config.head_dim_v, max(config.n_ff), config.n_embd

@@ -42,13 +42,17 @@ class LayerCache:
     before that [capacity] and an int.
     """
 
+    used: Any
     can_rollback = True
     evidence: tuple[str, ...] = ()
-    _plain = True
+    generation = 0  # changes whenever the arrays are replaced
+    _plain = _stock = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._plain = cls.encode is LayerCache.encode
+        own = (cls.append, cls.attend) != (LayerCache.append, LayerCache.attend)
+        cls._stock = cls._plain and not own
 
     def __init__(
         self,
@@ -66,7 +70,8 @@ class LayerCache:
     @classmethod
     def factory(cls, model: Any, layer: int, **options: Any) -> Callable[[], LayerCache]:
         """Return what the hook kv_cache returns: a function that makes this class for a layer of model."""
-        return partial(cls, model.ops, *model.config.kv_shape(layer), most=model.config.n_ctx, **options)
+        kv_heads, dim, dim_v = model.config.kv_shape(layer)
+        return partial(cls, model.ops, kv_heads, dim, dim_v, most=model.config.n_ctx, **options)
 
     # -- how K and V are stored --
 
@@ -81,14 +86,18 @@ class LayerCache:
     def append(self, k: np.ndarray, v: np.ndarray, pos: np.ndarray) -> None:
         """Write rows, float32 [n, kv_heads, dim], behind what is there; pos, int32 [n], increases."""
         n = len(pos)
-        if len(self) + n > self._pos.shape[1]:
-            self._grow(len(self) + n)
+        self.reserve(n)
         if self._plain and not self.ragged:
             self.ops.kv_store(self.k[0], self.v[0], self.pos, self.used, k, v, pos)
         else:
             packed = (*self.encode(k.swapaxes(0, 1), True), *self.encode(v.swapaxes(0, 1), False))
             self._write((*packed, np.broadcast_to(pos, (len(self._pos), n))), n)
         self.used = self.used + n
+
+    def reserve(self, n: int) -> None:
+        """Make room for n more rows."""
+        if len(self) + n > self._pos.shape[1]:
+            self._grow(len(self) + n)
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
@@ -99,6 +108,11 @@ class LayerCache:
 
     def __len__(self) -> int:
         return self.used if self.pos.ndim == 1 else int(self.used.max())
+
+    @property
+    def replayable(self) -> bool:
+        """Whether append and attend are each one job of the op table, over arrays that stay where they are."""
+        return self._stock and self.pos.ndim == 1
 
     @property
     def ragged(self) -> bool:
@@ -187,7 +201,7 @@ class LayerCache:
         """Forget everything and free it."""
         k, v = ([np.empty((len(a), 0, *a.shape[2:]), a.dtype) for a in packed] for packed in self._blank())
         self._set(k, v, np.empty((1, 0), np.int32), ragged=False)
-        self.used: Any = 0
+        self.used = 0
 
     # -- storage: every array has its slots on axis 1, positions [1 or kv_heads, capacity] among them --
 
@@ -196,6 +210,7 @@ class LayerCache:
 
     def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
         self.k, self.v, self._pos = k, v, pos
+        self.generation += 1
         self.pos = pos if ragged else pos[0]
 
     def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
@@ -250,6 +265,11 @@ class LayerCache:
     def _refuse_ragged(self, what: str, instead: str) -> None:
         if self.ragged:
             raise ValueError(f"heads hold different slots here, so {what} has no answer; use {instead}")
+
+
+def by_rule(attend: Any) -> bool:
+    """Whether a layer's attend function is that of an AttnRule."""
+    return isinstance(getattr(attend, "__self__", None), AttnRule)
 
 
 def _checked(slots: Any, used: int) -> np.ndarray:

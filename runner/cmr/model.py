@@ -18,6 +18,7 @@ from cmr.kvcache import AttnRule, LayerCache
 from cmr.ops import open_ops
 from cmr.ops.records import RopeTable
 from cmr.ops.table import Ops
+from cmr.replay import Replay
 from cmr.rope import Rope
 from cmr.sequence import Part, Request, Step
 from cmr.sequence import Sequence as TokenSequence
@@ -81,6 +82,7 @@ class Model:
         self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
         self.weights = Weights(ops, config, file.tensors)
         self._arena: Arena | None = None
+        self._replay = Replay(ops, self.weights)
 
     @property
     def chat_template(self) -> str | None:
@@ -122,7 +124,14 @@ class Model:
         n = len(step.tokens)
         self._check(step.tokens)
         arena = self._rows(n)
+        arena.want(sum(part.want for part in step.parts))
+        arena.pos[:n] = step.pos
         self.ops.embed(self.weights.token_embd, step.tokens, arena.hidden, self.config.embed_scale)
+        self._replay.run(plan, step, arena.addresses, lambda: self._layers(plan, step, arena))
+        return arena.rows_of_logits(step.parts)
+
+    def _layers(self, plan: Any, step: Any, arena: Arena) -> None:
+        """Run the layers of a plan on the hidden rows, then the logits that parts want."""
         for index in plan.layers:
             layer = plan.weights.acquire(index)
             try:
@@ -130,11 +139,11 @@ class Model:
             finally:
                 plan.weights.release(index)
             if plan.on_layer:
-                hidden = arena.hidden.array[:n]
+                hidden = arena.hidden.array[: len(step.tokens)]
                 answers = [hook(step, index, hidden) for hook in plan.on_layer]
                 if any(answers):
                     break
-        return self._logits(step, arena)
+        self._logits(step, arena)
 
     def logits(
         self, tokens: Sequence[int] | np.ndarray, kv_dtype: Any = np.float32, chunk: int = 128
@@ -208,8 +217,9 @@ class Model:
         for part, rows in zip(step.parts, step.spans):
             q, k, v, out = arena.heads(index, rows)
             cache = part.seq.caches[index]
-            cache.append(k, v, part.pos)
-            attend(q, cache, part.pos, out, part.prompt)
+            pos = arena.pos[rows]
+            cache.append(k, v, pos)
+            attend(q, cache, pos, out, part.prompt)
             for hook in plan.on_attention:
                 hook(part.seq, index, q, cache)
 
@@ -227,39 +237,30 @@ class Model:
             ops.head_norm(x, n, heads * dim, apart, kv_heads * dim // apart, layer.attn_k_norm)
         rotation = self.ropes[index]
         if rotation is not None:
-            ops.rope(x, n, step.pos, 0, heads + kv_heads, dim, *rotation)
+            ops.rope(x, n, arena.pos[:n], 0, heads + kv_heads, dim, *rotation)
         if config.attn_temperature is not None:
             scale, floor = config.attn_temperature
             warmth = 1 + scale * np.log1p(step.pos // floor)
             x.array[:n, : heads * dim] *= warmth.astype(np.float32)[:, None]
 
-    def _logits(self, step: Any, arena: Arena) -> list[np.ndarray]:
-        """The logits of the rows that parts want, computed together."""
+    def _logits(self, step: Any, arena: Arena) -> None:
+        """logits = those of the rows that parts want, side by side."""
         total = sum(part.want for part in step.parts)
-        arena.want(total)
-        count = n_prompt = 0
-        stops = []
-        for part, rows in zip(step.parts, step.spans):
-            start, count = count, count + part.want
-            arena.last.array[start:count] = arena.hidden.array[rows.stop - part.want : rows.stop]
-            n_prompt += part.want if part.prompt else 0
-            stops.append(count)
-        if total:
-            self.ops.project(
-                arena.last, total, n_prompt, self.weights.output, arena.logits, norm=self.weights.output_norm
-            )
-            self.ops.finish_logits(arena.logits, total, self.config.logit_scale, self.config.logit_softcap)
-        return [arena.logits.array[stop - part.want : stop] for part, stop in zip(step.parts, stops)]
+        if not total:
+            return
+        last, n_prompt = arena.hidden, step.n_prompt
+        if total < len(step.tokens):
+            last, n_prompt = arena.last, sum(part.want for part in step.parts if part.prompt)
+            row = 0
+            for part, rows in zip(step.parts, step.spans):
+                last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
+                row += part.want
+        norm = self.weights.output_norm
+        self.ops.project(last, total, n_prompt, self.weights.output, arena.logits, norm=norm)
+        self.ops.finish_logits(arena.logits, total, self.config.logit_scale, self.config.logit_softcap)
 
 
 def plain_plan(model: Model) -> PlainPlan:
     """Return the plan of a model by itself: all layers in order, its own attention, its own weights."""
     every = range(model.n_layers)
-    return PlainPlan(model.weights, every, [_by_rule(model.rule(layer)) for layer in every])
-
-
-def _by_rule(rule: AttnRule) -> Callable[..., None]:
-    def attend(q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
-        cache.attend(q, q_pos, rule, out, prompt)
-
-    return attend
+    return PlainPlan(model.weights, every, [model.rule(layer).attend for layer in every])

@@ -16,7 +16,7 @@ FLOORS = [
     {"gguf_file", "rope"},
     {"ops", "config"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer"},
-    {"weights", "arena"},
+    {"weights", "arena", "replay"},
     {"replay"},
     {"model", "discovery", "blame"},
     {"plan"},

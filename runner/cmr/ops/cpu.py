@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import STEP
 from cmr.ops.kernels.threads import Pool
+from cmr.ops.program import Program
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
 from cmr.quants import FORMATS, row_bytes
 
@@ -82,6 +85,7 @@ class CpuOps:
     """
 
     name = "cpu"
+    replays = True
 
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
         for count in (threads, prompt_threads):
@@ -99,6 +103,7 @@ class CpuOps:
         self._fields = {name: Fields(names) for name, names in JOBS.items()}
         self._x, self._y, self._space, self._partials = Scratch(), Scratch(), Scratch(), Scratch()
         self._one = float_bits(1.0)
+        self._program: Program | None = None
 
     def close(self) -> None:
         """End the threads."""
@@ -120,10 +125,42 @@ class CpuOps:
                 self.compiling(key, perf_counter() - begun, compiled.cache_hits > 0)
         return found
 
-    def _run(self, job: str, work: int, fields: tuple[int, ...], prompt: bool = False, counters: int = 0) -> None:
+    def _run(self, job: str, work: int, fields: tuple[int, ...], prompt: bool = False, counters: int = 0) -> int:
         """Run a job on as many threads as its work (in elements) is worth."""
-        team = 1 if work < SMALL_WORK else (self.prompt_threads if prompt else self.threads)
-        self._pool.run(self.kernel(job), self._fields[job].set(*fields), team, counters)
+        return self._launch(job, fields, self._team_for(work, prompt), counters)
+
+    def _team_for(self, work: int, prompt: bool) -> int:
+        return 1 if work < SMALL_WORK else (self.prompt_threads if prompt else self.threads)
+
+    def _launch(self, job: str, fields: tuple[int, ...], team: int, counters: int) -> int:
+        """Run a job now, and note it where a step is being recorded; the place of its fields there."""
+        kernel = self.kernel(job)
+        self._pool.run(kernel, self._fields[job].set(*fields), team, counters)
+        return -1 if self._program is None else self._program.add(kernel, fields, team, counters)
+
+    # -- recording --
+
+    @contextmanager
+    def recording(self) -> Iterator[Program]:
+        """Note all jobs until the end of the block in a Program that replay() runs again."""
+        self._program = Program()
+        try:
+            yield self._program
+            self._program.seal(self._scratch_addresses())
+        finally:
+            self._program = None
+
+    def fits(self, program: Program, slots: int, positions: int) -> bool:
+        """Whether a recorded step is still good for sequences of up to so many slots and positions."""
+        room = slots <= program.limit and positions <= program.positions
+        return room and program.addresses == self._scratch_addresses()
+
+    def replay(self, program: Program) -> None:
+        """Run a recorded step again."""
+        self._pool.run_program(program.table, len(program.rows))
+
+    def _scratch_addresses(self) -> tuple[int, ...]:
+        return (self._x.address, self._y.address, self._space.address, self._partials.address)
 
     # -- records --
 
@@ -186,14 +223,14 @@ class CpuOps:
         _, table, address, total, columns, quantized, biased, _ = call
         direct = not (add or biased or scale != 1.0)
         y_stride = 0 if direct else 4 * (column + total)
-        fields = self._fields["project"].set(
+        fields = (
             *self._input(x, x_column, columns, n, n_prompt, norm, quantized),
             *self._room(n_prompt),
             *(address, len(table), out.addr, 4 * out.cols, self._y.reach(n * y_stride), y_stride),
             *(self.kernel("normalize"), self.kernel("quantize"), self.kernel("finish")),
             *(add, self._one if scale == 1.0 else float_bits(scale), direct),
         )
-        self._pool.run(self.kernel("project"), fields, self._team(n, n_prompt), len(table))
+        self._launch("project", fields, self._team(n, n_prompt), len(table))
 
     def glu(
         self,
@@ -210,13 +247,13 @@ class CpuOps:
         self._ready(call, n, n_prompt)
         _, table, address, _, columns, quantized, _, _ = call
         y_stride = 4 * gate[0].rows
-        fields = self._fields["glu"].set(
+        fields = (
             *self._input(x, 0, columns, n, n_prompt, norm, quantized),
             *self._room(n_prompt),
             *(address, 2, out.addr, 4 * out.cols, self._y.reach(n * y_stride), y_stride),
             *(self.kernel("normalize"), self.kernel("quantize"), self.kernel(f"gate:{act}")),
         )
-        self._pool.run(self.kernel("glu"), fields, self._team(n, n_prompt), 1)
+        self._launch("glu", fields, self._team(n, n_prompt), 1)
 
     def _team(self, n: int, n_prompt: int) -> int:
         return self.prompt_threads if n_prompt else self.threads
@@ -333,6 +370,9 @@ class CpuOps:
             self.kernel(f"rope:{pairing}"),
         )
         self._run("rope_rows", n * heads * dim, fields)
+        if self._program is not None:
+            self._program.tables.append((table.cos, table.sin))
+            self._program.positions = min(self._program.positions, table.positions)
 
     def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:
         fields = (x.addr, 4 * x.cols, x.cols, out.addr, 4 * out.cols, n, float_bits(scale))
@@ -359,19 +399,19 @@ class CpuOps:
         n = len(pos)
         by_head = 0 if isinstance(used, int) else used.ctypes.data
         first = used if isinstance(used, int) else 0
-        for target, source in ((k, k_new), (v, v_new)):
+        pos = np.ascontiguousarray(pos, np.int32)
+        slots_stride = pos_arr.strides[0] if pos_arr.ndim == 2 else 0
+        places = (_address(pos_arr), slots_stride, _address(pos))
+        for target, source, where in ((k, k_new, places), (v, v_new, (0, 0, 0))):
             dim = target.shape[2]
             fields = (
-                *(target.__array_interface__["data"][0], target.strides[0], first, by_head),
-                *(source.__array_interface__["data"][0], source.strides[0], source.strides[1]),
-                *(n, len(target), dim, target.itemsize),
+                *(_address(target), target.strides[0], first, by_head),
+                *(_address(source), source.strides[0], source.strides[1]),
+                *(n, len(target), dim, target.itemsize, *where),
             )
-            self._run("store_rows", n * len(target) * dim, fields)
-        if by_head:
-            for head, start in enumerate(used.tolist()):  # type: ignore[union-attr]
-                pos_arr[head, start : start + n] = pos
-        else:
-            pos_arr[first : first + n] = pos
+            start = self._run("store_rows", n * len(target) * dim, fields)
+            if self._program is not None:
+                self._program.firsts.append(start + jobs.STORE_ROWS.index("first"))
 
     def attend(
         self,
@@ -397,13 +437,13 @@ class CpuOps:
         q_pos = np.ascontiguousarray(q_pos, np.int32)
         scale = 1 / math.sqrt(dim) if rule.scale is None else rule.scale
         shared = (
-            *(q.__array_interface__["data"][0], q.strides[0], n, heads, len(k), dim, dim_v),
-            *(k.__array_interface__["data"][0], k.strides[0]),
-            *(v.__array_interface__["data"][0], v.strides[0], k.itemsize),
-            *(kv_pos.__array_interface__["data"][0], kv_pos.strides[0] if kv_pos.ndim == 2 else 0),
-            *(most, 0 if isinstance(used, int) else used.ctypes.data, q_pos.__array_interface__["data"][0]),
+            *(_address(q), q.strides[0], n, heads, len(k), dim, dim_v),
+            *(_address(k), k.strides[0]),
+            *(_address(v), v.strides[0], k.itemsize),
+            *(_address(kv_pos), kv_pos.strides[0] if kv_pos.ndim == 2 else 0),
+            *(most, 0 if isinstance(used, int) else used.ctypes.data, _address(q_pos)),
             *(rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
-            *(out.__array_interface__["data"][0], out.strides[0]),
+            *(_address(out), out.strides[0]),
         )
         work = n * heads * dim * most
         if prompt:
@@ -438,7 +478,11 @@ class CpuOps:
         kernels = (self.kernel(f"scores:{tile}:{half}"), self.kernel(f"mix:{tile}:{blocks}:{half}"))
         scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
         fields = (*shared, *scratch, tile, self.kernel("softmax"), partials, pieces, *kernels)
-        self._run("attend_decode", work, fields, False, 1)
+        start = self._run("attend_decode", work, fields, False, 1)
+        if self._program is not None:
+            self._program.counts.append(start + attend.DECODE.index("used"))
+            few = SMALL_WORK * most // work if self._team_for(work, False) == 1 else self._program.limit
+            self._program.limit = min(self._program.limit, few, pieces * attention.PIECE)
 
     def _threads_scratch(self, each: int) -> tuple[int, int]:
         """Scratch for every thread: address and bytes for each."""
@@ -458,8 +502,8 @@ class CpuOps:
         prompt: bool,
     ) -> None:
         """Attention for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""
-        from dataclasses import replace
-
+        if self._program is not None:
+            self._program.limit = -1  # the copies are no jobs
         most = used if isinstance(used, int) else int(used.max())
         scale = 1 / math.sqrt(k.shape[2]) if rule.scale is None else rule.scale
         wide = _padded(out.shape[2])
@@ -467,6 +511,11 @@ class CpuOps:
         q, k, v = (_widened(a, _padded(a.shape[2])) for a in (q, k[:, :most], v[:, :most]))
         self.attend(q, q_pos, k, v, kv_pos, used, replace(rule, scale=scale), there, prompt)
         out[:] = there[..., : out.shape[2]]
+
+
+def _address(a: np.ndarray) -> int:
+    """Where an array's data begin; half the cost of a.ctypes.data."""
+    return a.__array_interface__["data"][0]
 
 
 def _padded(dim: int) -> int:

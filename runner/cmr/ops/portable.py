@@ -27,6 +27,7 @@ class PortableOps:
     """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
 
     name = "portable"
+    replays = False
 
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
         # numpy's BLAS chooses its threads itself; the figures only say so.

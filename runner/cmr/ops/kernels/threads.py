@@ -25,7 +25,8 @@ TEAMS = 1024  # a job's word is number * TEAMS + team
 MAX_COUNTERS = 16
 CONTROL_BYTES = COUNTERS + LINE * MAX_COUNTERS
 SPINS = 2000  # pauses between two offers to let another thread run
-IDLE_SPINS = 30000  # pauses, about half a millisecond, before a worker sleeps
+IDLE_SPINS = 200000  # pauses before a worker sleeps: 1 to 8 ms, by what a pause costs
+ENTRY = ("kernel", "argument", "team", "counters")  # a job in a program
 
 
 def _at(v, address):
@@ -137,14 +138,10 @@ def _launch(v, control, kernel, argument, team):
     return v.get(asleep)
 
 
-@emitter("run")
-def run(v, args):
-    """Run a job as its first thread: control, kernel, argument, team, counters, launched.
-
-    Returns 0 when it is done; else how many workers must be woken before it is called again with launched = 1.
-    """
-    control, kernel, argument, team, counters, launched = args
+def _run_job(v, control, kernel, argument, team, counters, launched):
+    """Run a job as its first thread; 0 when done, else how many workers must be woken first."""
     asleep = v.variable(I64(0))
+    v.set(asleep, I64(0))
     with v.when(v.compare(launched, "==", 0)):
         with v.loop(0, counters) as i:
             _write(v, v.add(control, COUNTERS, v.mul(i, LINE)), 0)
@@ -155,6 +152,38 @@ def run(v, args):
         call_kernel(v, kernel, control, argument, 0, team)
         write(v, "barrier", control, team)
     return v.get(asleep)
+
+
+@emitter("run")
+def run(v, args):
+    """Run a job as its first thread: control, kernel, argument, team, counters, launched.
+
+    Returns 0 when it is done; else how many workers must be woken before it is called again with launched = 1.
+    """
+    return _run_job(v, *args)
+
+
+@emitter("run_program")
+def run_program(v, args):
+    """Run jobs one after another: control, table (rows of ENTRY), first, count, launched.
+
+    Returns -1 when all are done; else index * TEAMS + workers to wake before it is called again with that index as
+    `first` and launched = 1.
+    """
+    control, table, first, count, launched = args
+    result, index, again = v.variable(I64(-1)), v.variable(first), v.variable(launched)
+    with v.repeat() as leave:
+        i = v.get(index)
+        leave(v.compare(i, ">=", count))
+        entry = v.add(table, v.mul(i, 8 * len(ENTRY)))
+        job = [v.load(v.add(entry, 8 * k), I64) for k in range(len(ENTRY))]
+        asleep = _run_job(v, control, *job, v.get(again))
+        with v.when(v.compare(asleep, "!=", 0)):
+            v.set(result, v.add(v.mul(i, TEAMS), asleep))
+        leave(v.compare(asleep, "!=", 0))
+        v.set(again, I64(0))
+        v.set(index, v.add(i, 1))
+    return v.get(result)
 
 
 _options = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -168,6 +197,11 @@ def _work(control, me, seen):
 @numba.njit("int64(int64,int64,int64,int64,int64,int64)", **_options)
 def _run(control, kernel, argument, team, counters, launched):
     return emit("run", (control, kernel, argument, team, counters, launched))
+
+
+@numba.njit("int64(int64,int64,int64,int64,int64)", **_options)
+def _run_program(control, table, first, count, launched):
+    return emit("run_program", (control, table, first, count, launched))
 
 
 class Pool:
@@ -199,6 +233,16 @@ class Pool:
         if asleep:
             self._wake.release(asleep)
             _run(self.control, kernel, argument, team, counters, 1)
+
+    def run_program(self, table: int, count: int) -> None:
+        """Run a table of jobs, rows of ENTRY, one after another."""
+        if self.threads > 1 and not self._workers:
+            self._start()
+        first = launched = 0
+        while (state := _run_program(self.control, table, first, count, launched)) >= 0:
+            first, asleep = divmod(state, TEAMS)
+            self._wake.release(asleep)
+            launched = 1
 
     def close(self) -> None:
         """End the workers."""
