@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint fmt bench clean
+.PHONY: run test lint fmt bench bench-quick clean
 
 # Write a story with the bundled model: make run PROMPT="The dragon" ARGS="-n 60 --seed 3"
 run: .venv/installed
@@ -30,9 +30,14 @@ fmt: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Measure the bundled model on this machine: speed beside the machine's limits, memory, first run and warm start
+# Measure this machine and write BENCHMARKS.md: speed, start, memory, every plugin; up to 15 minutes
 bench: .venv/installed
-	$(BIN)/cmr bench $(MODEL) --start --memory 512 $(ARGS)
+	$(BIN)/python tools/bench_all.py $(ARGS)
+
+# The same in 2 minutes, speed alone, written to models/
+bench-quick: .venv/installed
+	$(BIN)/python tools/bench_all.py --set quick -o models/bench-quick.md $(ARGS)
+	@cat models/bench-quick.md
 
 # Remove what the targets above made
 clean:

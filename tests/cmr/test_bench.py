@@ -469,7 +469,7 @@ def test_memory_and_start_are_measured_in_processes_of_their_own(tmp_path, capsy
     found = footprint.memory(path, 64, 1)
     assert found["bytes"] > found["idle"] > 1e6
     assert main(["bench", path, "-p", "0", "-n", "0", "--memory", "64", "-t", "1"]) == 0
-    assert "MB before the model was opened) beyond the file with 64 tokens" in capsys.readouterr().out
+    assert "with 64 tokens of context, memory beyond the file is" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -123,13 +123,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["engine"],
         number(row["median_ts"]),
         f"{number(row['min_ts'])} to {number(row['max_ts'])}{marks}",
-        _roof(row),
+        roof(row),
         _ratio(row),
         f"{row['kl_mean']:.2g}, top {row['same_top']:.1%}" if row["kl_mean"] is not None else "",
     ]
 
 
-def _roof(row: dict[str, Any]) -> str:
+def roof(row: dict[str, Any]) -> str:
     if row["of_read"] is not None:
         return f"{row['weight_gbs']:.1f} GB/s, {row['of_read']:.0%} of reading"
     if row["of_peak"] is not None:
