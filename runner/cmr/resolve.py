@@ -11,6 +11,7 @@ import numpy as np
 import pluggy
 
 from cmr import hookspecs
+from cmr.arena import arena_bytes
 from cmr.blame import Blame
 from cmr.discovery import declared
 from cmr.errors import ModelError, PluginError
@@ -110,7 +111,7 @@ class _Asking:
             owners=self.owners,
             names={hook: tuple(name for name, _ in calls) for hook, calls in runtime.items()},
             plugins=self.plugins,
-            memory=Memory(resident, kv_token, 0, context),
+            memory=Memory(resident, kv_token, arena_bytes(self.model.config, self.model.max_rows), context),
             blame=self.blame,
             evidence=evidence,
             **{hook: tuple(call for _, call in calls) for hook, calls in runtime.items()},

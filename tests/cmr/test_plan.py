@@ -405,3 +405,12 @@ def test_predicted_kv_bytes_are_those_that_a_run_takes():
     answer(session, [1] * 700, max_tokens=None)
     assert memory.kv == memory.kv_token * 704
     assert memory.kv <= session.report()["kv_bytes"] <= 1.05 * memory.kv
+
+
+def test_predicted_activations_are_what_the_forward_pass_allocates(shared):
+    import cmr
+
+    with_file = cmr.open_model(shared / "models" / "stories260K-f32.gguf", device="portable")
+    session = Session.open(with_file)
+    list(session.generate(session.request([1], max_tokens=2, temp=0.0)))
+    assert session.plan.memory.activations == with_file._arena.nbytes

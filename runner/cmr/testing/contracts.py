@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from cmr.discovery import DECLARED, check_hooks, declared, find, parse, plugin_name
+from cmr.discovery import DECLARED, check_hooks, declared, find, hooks_of, parse, plugin_name
 from cmr.errors import PluginError
+from cmr.hookspecs import hookimpl
 from cmr.options import fill, options_of
+from cmr.sequence import Sequence
 from cmr.session import Session
 from cmr.testing.laws import Broken, CacheLaws, require
 from cmr.testing.toy import ToyModel
@@ -32,6 +34,32 @@ class Finding:
     why: str = ""
 
 
+class Turns:
+    """A scheduler that gives every sequence a few rows of each step."""
+
+    exact = True
+
+    def __init__(self) -> None:
+        self.queue: list[Sequence] = []
+
+    @hookimpl
+    def scheduler(self) -> Turns:
+        """Return this object."""
+        return self
+
+    def add(self, seq: Sequence) -> None:
+        """Take a sequence in."""
+        self.queue.append(seq)
+
+    def pick(self) -> list[tuple[Sequence, int]]:
+        """Pick all sequences, the latest first."""
+        return [(seq, 5) for seq in reversed(self.queue)]
+
+    def remove(self, seq: Sequence) -> None:
+        """Let a sequence go."""
+        self.queue.remove(seq)
+
+
 class Contracts:
     """The contracts of one plugin, given as `NAME:key=value` or as a class or function that makes it.
 
@@ -49,10 +77,10 @@ class Contracts:
         name, options = parse(self.plugin)
         return fill(find(name)[0], name, options)
 
-    def session(self, plain: bool = False, **limits: Any) -> Session:
-        """Open a session with a new instance of the plugin, or a plain one."""
+    def session(self, *others: Any, plain: bool = False, **limits: Any) -> Session:
+        """Open a session with a new instance of the plugin and others, or a plain one."""
         named = self.plugin if isinstance(self.plugin, str) else self.made()
-        return Session.open(self.model, () if plain else [named], **limits)
+        return Session.open(self.model, others if plain else [named, *others], **limits)
 
     def answer(self, session: Session, prompt: str, **options: Any) -> tuple[list[int], str | None]:
         """Return the tokens of an answer and the reason why it ended."""
@@ -111,7 +139,8 @@ class Contracts:
     def keeps_requests_apart(self) -> None:
         """Requests that run by turns give what each gives alone."""
         alone = [self.answer(self.session(), prompt)[0] for prompt in PROMPTS]
-        session = self.session()
+        schedules = "scheduler" in hooks_of(self.made())
+        session = self.session(*([] if schedules else [Turns()]))
         texts = [session.text(prompt, max_tokens=self.tokens, temp=0.0) for prompt in PROMPTS]
         for _ in zip_longest(*texts):
             pass

@@ -67,9 +67,8 @@ class Resident:
 class ToyModel:
     """A decoder with random weights from `seed`, with everything of Model that sessions and plugins use.
 
-    Each row is computed alone, and prompt rows otherwise than generated ones (these round their inputs to
-    half precision), so that a row in the wrong role or a result that depends on its neighbours shows in the
-    tokens.
+    Each row is computed alone, and generated ones otherwise than prompt rows (they round their inputs to 63
+    steps), so that a row in the wrong role or a result that depends on its neighbours shows in the tokens.
     """
 
     def __init__(self, seed: int = 0, n_layers: int = 3, dim: int = 32, heads: int = 4, kv_heads: int = 2,
@@ -165,9 +164,10 @@ def _tensor(name: str, array: np.ndarray) -> SimpleNamespace:
 
 
 def _products(x: np.ndarray, matrix: np.ndarray, n_prompt: int) -> np.ndarray:
-    """Each row times the matrix, alone; rows from n_prompt on are rounded to half precision first."""
+    """Each row times the matrix, alone; rows from n_prompt on are first rounded to 63 steps."""
     out = np.empty((len(x), matrix.shape[1]), np.float32)
-    x[n_prompt:] = x[n_prompt:].astype(np.float16)
+    step = np.abs(x[n_prompt:]).max(-1, keepdims=True) / np.float32(31)
+    x[n_prompt:] = np.round(x[n_prompt:] / (step + np.float32(1e-9))) * step
     for row, y in zip(x, out):
         np.dot(row, matrix, out=y)
     return out
