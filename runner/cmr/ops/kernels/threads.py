@@ -1,15 +1,18 @@
 """A pool of threads that run one kernel together: a launch costs about a microsecond and no thread burns a core idle.
 
 The control block is a few 64-byte lines of int64: arrivals and generation of the barrier, the job (its number and the
-threads that take part in one word, so that nobody reads half a job; kernel address; argument), how many workers have
-announced that they sleep, and counters that kernels draw work from. Workers spin for a short while after a job, then
-sleep on a semaphore of Python's, which exists on every platform; the launcher wakes them.
+threads that take part in one word, so that nobody reads half a job; kernel address; argument), the last job that is
+done, counters that kernels draw work from, and a word for each worker that says whether it sleeps. Workers spin for a
+short while after a job, then sleep on a lock of Python's, which exists on every platform; the launcher wakes those that
+a job needs, each through its own lock, so that no other can take the wake-up.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import weakref
 
 import numba
 import numpy as np
@@ -20,10 +23,11 @@ from .emit import TARGET, call_kernel, emit, emitter, write
 from .vector import I32, I64
 
 LINE = 64
-ARRIVED, TURN, JOB, KERNEL, ARGUMENT, ASLEEP, COUNTERS = (LINE * k for k in range(7))
+ARRIVED, TURN, JOB, KERNEL, ARGUMENT, DONE, COUNTERS = (LINE * k for k in range(7))
 TEAMS = 1024  # a job's word is number * TEAMS + team
 MAX_COUNTERS = 16
-CONTROL_BYTES = COUNTERS + LINE * MAX_COUNTERS
+WORKERS = COUNTERS + LINE * MAX_COUNTERS  # a word for each thread, one of:
+AWAKE, ASLEEP, CALLED = range(3)
 SPINS = 2000  # pauses between two offers to let another thread run
 IDLE_SPINS = 200000  # pauses before a worker sleeps: 1 to 8 ms, by what a pause costs
 ENTRY = ("kernel", "argument", "team", "counters")  # a job in a program
@@ -34,7 +38,7 @@ def _at(v, address):
 
 
 def _read(v, address):
-    return v.b.load_atomic(_at(v, address), "acquire", 8)
+    return v.b.load_atomic(_at(v, address), "seq_cst", 8)
 
 
 def _write(v, address, value):
@@ -74,20 +78,10 @@ def barrier(v, args):
                     _breathe(v, spins)
 
 
-@emitter("stay_awake")
-def stay_awake(v, args):
-    """Take back one announcement of sleep; 0 when a launcher has already answered it with a wake-up: control."""
-    there = v.add(args[0], ASLEEP)
-    result = v.variable(I64(0))
-    with v.repeat() as leave:
-        asleep = _read(v, there)
-        leave(v.compare(asleep, "<=", 0))
-        pair = v.b.cmpxchg(_at(v, there), asleep, v.sub(asleep, 1), "seq_cst", "seq_cst")
-        done = v.compare(v.b.extract_value(pair, 0), "==", asleep)
-        with v.when(done):
-            v.set(result, I64(1))
-        leave(done)
-    return v.get(result)
+def _swap(v, address, old, new):
+    """Change a word from `old` to `new`; whether it was `old`."""
+    pair = v.b.cmpxchg(_at(v, address), I64(old), I64(new), "seq_cst", "seq_cst")
+    return v.b.extract_value(pair, 1)
 
 
 @emitter("work")
@@ -95,6 +89,8 @@ def work(v, args):
     """Run jobs until there has been none for a while; the job seen last, or -1 to end: control, me, seen."""
     control, me, before = args
     seen, spins, result = v.variable(before), v.variable(I64(0)), v.variable(before)
+    state = v.add(control, WORKERS, v.mul(me, 8))
+    _write(v, state, AWAKE)
     with v.repeat() as leave:
         job = _read(v, v.add(control, JOB))
         with v.when(v.compare(job, "!=", v.get(seen))):
@@ -113,15 +109,15 @@ def work(v, args):
         leave(v.compare(v.get(result), "==", -1))
         _breathe(v, spins)
         tired = v.compare(v.get(spins), ">", IDLE_SPINS)
-        sleeping = v.variable(I64(0))
-        v.set(sleeping, I64(0))
+        sleeping = v.variable(tired)
+        v.set(sleeping, tired)
         with v.when(tired):
             v.set(spins, I64(0))
-            v.b.atomic_rmw("add", _at(v, v.add(control, ASLEEP)), I64(1), "seq_cst")
-            v.set(sleeping, I64(1))
+            v.b.atomic_rmw("xchg", _at(v, state), I64(ASLEEP), "seq_cst")
+            # A job that came meanwhile keeps this worker awake, unless its launcher has seen the word and calls.
             with v.when(v.compare(_read(v, v.add(control, JOB)), "!=", v.get(seen))):
-                v.set(sleeping, v.sub(1, write(v, "stay_awake", control)))
-        leave(v.compare(v.get(sleeping), "==", 1))
+                v.set(sleeping, v.b.not_(_swap(v, state, ASLEEP, AWAKE)))
+        leave(v.get(sleeping))
     return v.get(result)
 
 
@@ -132,9 +128,13 @@ def _launch(v, control, kernel, argument, team):
     number = v.divide(_read(v, v.add(control, JOB)), TEAMS)
     word = v.add(v.mul(v.add(number, 1), TEAMS), team)
     v.b.atomic_rmw("xchg", _at(v, v.add(control, JOB)), word, "seq_cst")
-    asleep = v.variable(_read(v, v.add(control, ASLEEP)))
-    with v.when(v.compare(v.get(asleep), "!=", 0)):
-        v.set(asleep, v.b.atomic_rmw("xchg", _at(v, v.add(control, ASLEEP)), I64(0), "seq_cst"))
+    asleep = v.variable(I64(0))
+    v.set(asleep, I64(0))
+    with v.loop(1, team) as me:
+        state = v.add(control, WORKERS, v.mul(me, 8))
+        with v.when(v.compare(_read(v, state), "==", ASLEEP)):
+            with v.when(_swap(v, state, ASLEEP, CALLED)):
+                v.set(asleep, v.add(v.get(asleep), 1))
     return v.get(asleep)
 
 
@@ -151,6 +151,7 @@ def _run_job(v, control, kernel, argument, team, counters, launched):
     with v.when(ours):
         call_kernel(v, kernel, control, argument, 0, team)
         write(v, "barrier", control, team)
+        _write(v, v.add(control, DONE), _read(v, v.add(control, JOB)))
     return v.get(asleep)
 
 
@@ -167,8 +168,8 @@ def run(v, args):
 def run_program(v, args):
     """Run jobs one after another: control, table (rows of ENTRY), first, count, launched.
 
-    Returns -1 when all are done; else index * TEAMS + workers to wake before it is called again with that index as
-    `first` and launched = 1.
+    Returns -1 when all are done; else the index of a job whose workers must be woken before it is called again with
+    that index as `first` and launched = 1.
     """
     control, table, first, count, launched = args
     result, index, again = v.variable(I64(-1)), v.variable(first), v.variable(launched)
@@ -179,7 +180,7 @@ def run_program(v, args):
         job = [v.load(v.add(entry, 8 * k), I64) for k in range(len(ENTRY))]
         asleep = _run_job(v, control, *job, v.get(again))
         with v.when(v.compare(asleep, "!=", 0)):
-            v.set(result, v.add(v.mul(i, TEAMS), asleep))
+            v.set(result, i)
         leave(v.compare(asleep, "!=", 0))
         v.set(again, I64(0))
         v.set(index, v.add(i, 1))
@@ -205,49 +206,99 @@ def _run_program(control, table, first, count, launched):
 
 
 class Pool:
-    """Threads that run kernels with arguments (control, argument, thread, team)."""
+    """Threads that run kernels with arguments (control, argument, thread, team); one launch at a time.
+
+    Threads start with the first launch that needs them. A forked child starts its own.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._memory = np.zeros(CONTROL_BYTES + LINE, np.uint8)
-        self.control = (self._memory.ctypes.data + LINE - 1) // LINE * LINE
-        self._wake = threading.Semaphore(0)
+        self._memory = np.zeros(WORKERS + 8 * threads + LINE, np.uint8)
+        shift = -self._memory.ctypes.data % LINE
+        self._words = self._memory[shift : shift + WORKERS + 8 * threads].view(np.int64)
+        self.control = self._words.ctypes.data
         self._workers: list[threading.Thread] = []
+        self._gates: list[threading.Lock] = []
+        _POOLS.add(self)
 
     def _start(self) -> None:
-        for me in range(1, self.threads):
-            worker = threading.Thread(target=self._serve, args=(me,), name=f"cmr-{me}", daemon=True)
+        self._words[:] = 0
+        self._words[WORKERS // 8 + 1 :] = ASLEEP
+        gates = [threading.Lock() for _ in range(1, self.threads)]
+        workers = []
+        for me, gate in enumerate(gates, 1):
+            gate.acquire()
+            name, arguments = f"cmr-{me}", (me, gate)
+            workers.append(threading.Thread(target=self._serve, args=arguments, name=name, daemon=True))
+        for worker in workers:
             worker.start()
-            self._workers.append(worker)
+        # Nobody calls workers that are not entered here, because a signal's exception came first: they sleep on.
+        self._gates, self._workers = gates, workers
 
-    def _serve(self, me: int) -> None:
+    def _serve(self, me: int, gate: threading.Lock) -> None:
         seen = 0
-        while (seen := _work(self.control, me, seen)) >= 0:
-            self._wake.acquire()
+        while seen >= 0:
+            gate.acquire()
+            seen = _work(self.control, me, seen)
+
+    def _call(self) -> None:
+        """Wake the workers that the job needs."""
+        for state, gate in zip(self._words[WORKERS // 8 + 1 :].tolist(), self._gates):
+            if state == CALLED and gate.locked():
+                gate.release()
 
     def run(self, kernel: int, argument: int, team: int, counters: int = 0) -> None:
         """Run the kernel at an address on the first `team` threads, `counters` of its counters at zero."""
         if team > 1 and not self._workers:
             self._start()
-        asleep = _run(self.control, kernel, argument, team, counters, 0)
-        if asleep:
-            self._wake.release(asleep)
-            _run(self.control, kernel, argument, team, counters, 1)
+        try:
+            if _run(self.control, kernel, argument, team, counters, 0):
+                self._call()
+                _run(self.control, kernel, argument, team, counters, 1)
+        except BaseException:
+            self._settle()
+            raise
 
     def run_program(self, table: int, count: int) -> None:
         """Run a table of jobs, rows of ENTRY, one after another."""
         if self.threads > 1 and not self._workers:
             self._start()
         first = launched = 0
-        while (state := _run_program(self.control, table, first, count, launched)) >= 0:
-            first, asleep = divmod(state, TEAMS)
-            self._wake.release(asleep)
-            launched = 1
+        try:
+            while (first := _run_program(self.control, table, first, count, launched)) >= 0:
+                self._call()
+                launched = 1
+        except BaseException:
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        """Finish a job that the exception of a signal's handler cut short: its threads wait for this one."""
+        job, done, kernel, argument = (int(self._words[at // 8]) for at in (JOB, DONE, KERNEL, ARGUMENT))
+        if job != done:
+            self._call()
+            _run(self.control, kernel, argument, job % TEAMS, 0, 1)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; a later launch starts new ones."""
         if self._workers:
-            self._wake.release(_run(self.control, 0, 0, self.threads, 0, 0) or len(self._workers))
+            if _run(self.control, 0, 0, self.threads, 0, 0):
+                self._call()
             for worker in self._workers:
                 worker.join()
-            self._workers = []
+            self._forget()
+
+    def _forget(self) -> None:
+        self._workers, self._gates = [], []
+
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for pool in _POOLS:
+        pool._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
