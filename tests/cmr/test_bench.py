@@ -22,6 +22,7 @@ from cmr.bench.figures import ratio, spread
 from cmr.bench.forward import Forward
 from cmr.bench.measure import Settings, Side, measure
 from cmr.bench.peer import LlamaBench, LlamaWorker, open_peer
+from cmr.bench.quality import quality
 from cmr.bench.quiet import Sample, Watch, busy_seconds, own_time
 from cmr.bench.rounds import interleave
 from cmr.cli.main import main
@@ -377,6 +378,10 @@ def test_llama_cpp_itself_where_it_is_named(tmp_path):
             worker.prepare(case)
             assert worker.measure(case, 1).seconds > 0
         assert worker.ask("memory", context=64, threads=1)["bytes"] > 0
+        found = quality(path, "once upon a time there was a king " * 9, 64, worker)
+    assert set(found) == {"cmr", "llama.cpp"}
+    for far in found.values():
+        assert far.tokens == 49 and 0 < far.mean < 0.05 and far.same_top > 0.8
 
 
 def _random_model(folder):
@@ -470,6 +475,15 @@ def test_memory_and_start_are_measured_in_processes_of_their_own(tmp_path, capsy
     assert found["bytes"] > found["idle"] > 1e6
     assert main(["bench", path, "-p", "0", "-n", "0", "--memory", "64", "-t", "1"]) == 0
     assert "with 64 tokens of context, memory beyond the file is" in capsys.readouterr().out
+
+
+def test_quality_is_told_against_float_activations(tmp_path, capsys):
+    pytest.importorskip("numba")
+    path, text = _random_model(tmp_path), tmp_path / "text.txt"
+    text.write_text("once upon a time there was a king " * 9)
+    assert main(["bench", path, "-p", "0", "-n", "0", "--quality", str(text)]) == 0
+    assert "nats" in capsys.readouterr().out
+    assert main(["bench", path, "-p", "0", "-n", "0", "--quality", str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.slow

@@ -20,6 +20,15 @@ class Divergence:
     highest: float
     same_top: float
 
+    @classmethod
+    def of(cls, pairs: Tokens[tuple[float, bool]]) -> Divergence:
+        """Summarize what compare() found; all NaN where there is nothing."""
+        if not pairs:
+            return cls(0, *[float("nan")] * 4)
+        values = [value for value, _ in pairs]
+        p999, same = float(np.quantile(values, 0.999)), sum(agree for _, agree in pairs)
+        return cls(len(pairs), float(np.mean(values)), p999, max(values), same / len(pairs))
+
 
 class _Follow:
     """A sampler that writes a given text and keeps the logits it is shown."""
@@ -29,7 +38,7 @@ class _Follow:
         self.rows: deque[np.ndarray] = deque()
 
     def sample(self, logits: np.ndarray, history: Any, index: int) -> int:
-        self.rows.append(logits.astype(np.float64))
+        self.rows.append(logits.copy())
         return self._tokens[self._start + index]
 
     def snapshot(self) -> None:
@@ -46,30 +55,19 @@ def divergence(base: Any, other: Any, tokens: Tokens[int], n_prompt: int) -> Div
     """
     followers = [_Follow(tokens, n_prompt) for _ in range(2)]
     seqs = [_begin(session, tokens, n_prompt, f) for session, f in zip((base, other), followers)]
-    values: list[float] = []
-    same = 0
+    pairs: list[tuple[float, bool]] = []
     while True:
         behind = min((0, 1), key=lambda side: len(followers[side].rows))
         if seqs[behind].stop is not None:
             break
         (base, other)[behind].step()
         while all(follower.rows for follower in followers):
-            p, q = (follower.rows.popleft() for follower in followers)
-            same += int(p.argmax() == q.argmax())
-            values.append(_kl(p, q))
+            pairs.append(compare(*(follower.rows.popleft() for follower in followers)))
     for session, seq in zip((base, other), seqs):
         session.cancel(seq)
         if seq.error is not None:
             raise seq.error
-    if not values:
-        return Divergence(0, float("nan"), float("nan"), float("nan"), float("nan"))
-    return Divergence(
-        len(values),
-        float(np.mean(values)),
-        float(np.quantile(values, 0.999)),
-        float(max(values)),
-        same / len(values),
-    )
+    return Divergence.of(pairs)
 
 
 def written_text(session: Any, size: int, seed: int = 1) -> list[int]:
@@ -92,9 +90,11 @@ def _begin(session: Any, tokens: Tokens[int], n_prompt: int, follower: _Follow) 
     return seq
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> float:
-    """KL divergence of softmax(q) from softmax(p)."""
-    p, q = (x - x.max() for x in (p, q))
+def compare(base: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
+    """Return KL(base || other) of two rows of logits, and whether both put the same token first."""
+    same = bool(base.argmax() == other.argmax())
+    p, q = (x.astype(np.float64) - x.max() for x in (base, other))
     log_p, log_q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
     share = np.exp(log_p)
-    return float((share[share > 0] * (log_p - log_q)[share > 0]).sum())
+    there = share > 0
+    return float((share[there] * (log_p - log_q)[there]).sum()), same

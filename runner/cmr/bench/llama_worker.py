@@ -123,6 +123,22 @@ class Llama:
             self.api.llama_memory_seq_rm(self.memory, seq, depth, -1)
         self.depth = depth
 
+    def logits(self, tokens: list[int], file: str) -> None:
+        """Read tokens from an empty context and write the logits after each to a file, as float32."""
+        if self.sizes[0] < len(tokens):
+            self.make(len(tokens), 1)
+        self.rewind(self.sizes[1], 0)
+        with open(file, "wb") as out:
+            for first in range(0, len(tokens), CHUNK):
+                part = tokens[first : first + CHUNK]
+                batch = self.batch([(0, first + i) for i in range(len(part))])
+                for i, token in enumerate(part):
+                    batch.token[i] = token
+                self.decode(batch)
+                size = 4 * self.vocab * len(part)
+                out.write(ctypes.string_at(self.api.llama_get_logits(self.context), size))
+                self.api.llama_batch_free(batch)
+
     def memory_used(self, context: int, threads: int) -> dict[str, int]:
         """Fill a context with a prompt and say what memory that takes beyond the file, and before loading."""
         case = {"parallel": 1, "context": context, "threads": threads, "depth": 0}
@@ -145,6 +161,9 @@ def serve(lines: Any, answers: Any) -> None:
                 raise ValueError("no model is open")
             elif what == "memory":
                 answer = llama.memory_used(request["context"], request["threads"])
+            elif what == "logits":
+                llama.logits(request["tokens"], request["file"])
+                answer = {}
             else:
                 answer = {"prepare": llama.prepare, "measure": llama.measure}[what](request) or {}
         except Exception as error:

@@ -198,11 +198,13 @@ def _divergence(model: Any, settings: Settings, text: Sequence[int] | None) -> D
 
 def _text(model: Any, path: str | None) -> list[int] | None:
     """The tokens of a text file."""
-    if path is None:
-        return None
+    return None if path is None else model.tokenizer.encode(read_text(path), bos=True)
+
+
+def read_text(path: str) -> str:
+    """Return the first megabyte of a text file; raises RequestError where there is none."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(1 << 20)
+            return file.read(1 << 20)
     except (OSError, UnicodeDecodeError) as error:
         raise cmr.RequestError(f"{path} cannot be read as text: {error}") from None
-    return model.tokenizer.encode(text, bos=True)

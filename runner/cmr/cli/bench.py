@@ -13,12 +13,15 @@ from typing import Any
 
 from cmr.bench import footprint, report
 from cmr.bench.cases import Case, cases
-from cmr.bench.measure import Settings, Side, measure
+from cmr.bench.measure import Settings, Side, measure, read_text
 from cmr.bench.peer import LlamaWorker, Peer, open_peer
+from cmr.bench.quality import WINDOW, quality
 from cmr.bench.quiet import LIMIT, Watch
 from cmr.cli.options import Parser, real, whole
 from cmr.cli.progress import Progress, say
 from cmr.errors import RequestError
+
+QUALITY_TOKENS = 4096
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,29 +45,27 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="cmr bench", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="GGUF files")
-    add = parser.add_argument_group("tests; lists are separated by commas").add_argument
-    add("-p", "--n-prompt", type=_list(0), default="512", metavar="N", help="prompt tokens to read")
-    add("-n", "--n-gen", type=_list(0), default="128", metavar="N", help="tokens to generate")
+    _test_flags(parser.add_argument_group("tests; lists are separated by commas").add_argument)
+    _side_flags(parser.add_argument_group("what is compared").add_argument)
+    _other_flags(parser.add_argument_group("beside speed").add_argument)
+    return parser
+
+
+def _test_flags(add: Callable[..., Any]) -> None:
+    sizes = {"type": _list(0), "metavar": "N"}
+    add("-p", "--n-prompt", default="512", help="prompt tokens to read", **sizes)
+    add("-n", "--n-gen", default="128", help="tokens to generate", **sizes)
     add("-pg", type=_pair, action="append", default=[], metavar="P,N", help="read P tokens, then generate N")
-    add(
-        "-d",
-        "--n-depth",
-        type=_list(0),
-        default="0",
-        metavar="N",
-        help="tokens that are in the context before",
-    )
+    add("-d", "--n-depth", default="0", help="tokens that are in the context before", **sizes)
     add("-b", "--parallel", type=_list(1), default="1", metavar="N", help="sequences that generate together")
     add("-t", "--threads", type=_list(1), metavar="N", help="threads (default: all processors)")
     add("-r", "--repetitions", type=whole(1), default=5, metavar="N", help="undisturbed rounds of each test")
-    add = parser.add_argument_group("what is compared").add_argument
-    add(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="attach a plugin; may be repeated",
-    )
+    add("--noise", type=real(0), default=LIMIT, metavar="CORES", help="what others may use in such a round")
+
+
+def _side_flags(add: Callable[..., Any]) -> None:
+    spelled = {"action": "append", "default": [], "metavar": "NAME[:KEY=VALUE,...]"}
+    add("--plugin", help="attach a plugin; may be repeated", **spelled)
     add("--ab", nargs=2, metavar=("A", "B"), help="two lists of plugins, as in --ab '' 'kv-quant:bits=4'")
     add("--loop", action="store_true", help="time the whole token loop with sampling, as plugins are timed")
     add("--text", metavar="FILE", help="cut prompts from this text, not from random tokens; measure KL on it")
@@ -72,24 +73,14 @@ def _parser() -> Parser:
     add("--peer-python", metavar="PATH", help="an interpreter that has llama-cpp-python (or CMR_PEER_PYTHON)")
     add("--peer-bench", metavar="PATH", help="a llama-bench program (or CMR_PEER_BENCH)")
     add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
-    add = parser.add_argument_group("beside speed").add_argument
+
+
+def _other_flags(add: Callable[..., Any]) -> None:
     add("--start", action="store_true", help="time the first run ever and a warm start, to the first text")
-    add(
-        "--memory",
-        type=whole(16),
-        metavar="N",
-        help="weigh the memory beyond the file with N tokens of context",
-    )
-    add(
-        "--noise",
-        type=real(0),
-        default=LIMIT,
-        metavar="CORES",
-        help="repeat a round in which others used more",
-    )
+    add("--memory", type=whole(16), metavar="N", help="weigh memory beyond the file with N tokens of context")
+    add("--quality", metavar="FILE", help="KL divergence from float activations on this text")
     add("-o", "--output", choices=["md", "csv", "json"], default="md", help="form of the result")
     add("--plot", action="store_true", help="draw the speeds as bars on stderr")
-    return parser
 
 
 def _list(low: int) -> Callable[[str], list[int]]:
@@ -164,6 +155,8 @@ def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
         times = footprint.start_times(path)
         warm = sorted(times["warm"])[len(times["warm"]) // 2]
         yield f"{name}: first run ever {times['cold'][0]:.2f} s to the first text, warm start {warm:.2f} s"
+    if args.quality:
+        yield from _quality(path, args)
     if args.memory:
         ours = footprint.memory(path, args.memory, threads, args.plugin)
         line = f"{name}: with {args.memory} tokens of context, memory beyond the file is {_megabytes(ours)}"
@@ -174,6 +167,19 @@ def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
                         f"; llama.cpp {_megabytes(peer.ask('memory', context=args.memory, threads=threads))}"
                     )
         yield line
+
+
+def _quality(path: str, args: argparse.Namespace) -> Iterator[str]:
+    """The lines about what quantized activations cost."""
+    text, name = read_text(args.quality), os.path.basename(path)
+    with closing(_peer(path, args, WINDOW)) if args.peer else nullcontext() as peer:
+        with Progress(f"comparing {name} with float activations"):
+            found = quality(path, text, QUALITY_TOKENS, peer)
+    for who, far in found.items():
+        yield (
+            f"{name}: {who} is {far.mean:.3g} nats from float activations (99.9 %: {far.p999:.3g}) "
+            f"and agrees on {far.same_top:.2%} of {far.tokens} tokens"
+        )
 
 
 def _megabytes(found: dict[str, Any]) -> str:
