@@ -172,9 +172,9 @@ def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
 def _quality(path: str, args: argparse.Namespace) -> Iterator[str]:
     """The lines about what quantized activations cost."""
     text, name = read_text(args.quality), os.path.basename(path)
-    with closing(_peer(path, args, WINDOW)) if args.peer else nullcontext() as peer:
-        with Progress(f"comparing {name} with float activations"):
-            found = quality(path, text, QUALITY_TOKENS, peer)
+    llama = closing(_peer(path, args, WINDOW)) if args.peer else nullcontext()
+    with llama as peer, Progress(f"comparing {name} with float activations"):
+        found = quality(path, text, QUALITY_TOKENS, peer)
     for who, far in found.items():
         yield (
             f"{name}: {who} is {far.mean:.3g} nats from float activations (99.9 %: {far.p999:.3g}) "

@@ -1,0 +1,87 @@
+"""The standard set: its tables, and that it touches only its own places in BENCHMARKS.md."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from tests.tools.test_random_model import tool as random_tool
+
+pytest.importorskip("numba")
+PATH = Path(__file__).parents[2] / "tools" / "bench_all.py"
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("bench_all", PATH)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+tool = _load()
+
+
+def test_sections_are_replaced_and_the_rest_is_left(tmp_path):
+    path = tmp_path / "BENCHMARKS.md"
+    tool._write(path, "speed", "first")
+    path.write_text("Mine.\n" + path.read_text())
+    tool._write(path, "speed", "second", "third")
+    text = path.read_text()
+    assert text.startswith("Mine.\n# Benchmarks")
+    assert "<!-- speed -->\nsecond\n\nthird\n<!-- /speed -->" in text and "first" not in text
+    path.write_text("no markers")
+    with pytest.raises(SystemExit, match="has no place for start"):
+        tool._write(path, "start", "x")
+
+
+def _row(engine, **more):
+    return {
+        **{"engine": engine, "model_filename": "models/a.gguf", "test": "tg8", "n_threads": 2},
+        **{"median_ts": 150.0, "min_ts": 9.514, "max_ts": 200.4, "rounds_disturbed": 0},
+        **{"ratio": 1.5, "ratio_low": 1.4, "ratio_high": 1.6},
+        **{"of_read": 0.9, "weight_gbs": 20.0, "of_peak": None, "gops": None},
+        **more,
+    }
+
+
+def test_llama_cpp_stands_in_the_line_of_its_test():
+    lines = tool.paired([_row("cmr"), _row("llama.cpp", median_ts=99.0)]).splitlines()
+    assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
+    assert lines[2] == (
+        "| a | tg8 | 2 | 150 | 9.51 to 200 | 20.0 GB/s, 90% of reading | 99 | 1.50 (1.40 to 1.60) |"
+    )
+    alone = tool.paired([_row("cmr", rounds_disturbed=2)])
+    assert "9.51 to 200, 2 disturbed |" in alone and alone.endswith("|  |  |")
+
+
+def test_the_whole_set_runs_on_small_models(tmp_path, monkeypatch):
+    models = tmp_path / "models"
+    random_tool.random_model(models / "tiny-q8_0.gguf", "small", "q8_0")
+    out = tmp_path / "B.md"
+    monkeypatch.setattr(tool, "MODELS", models)
+    monkeypatch.setattr(tool, "CORES", 2)
+    small = tool.Plan(1, ("q4_0",), 16, 4, many=2, plugins=True)
+    monkeypatch.setitem(tool.SETS, "quick", small)
+    for name in ("CMR_PEER_PYTHON", "CMR_PEER_BENCH"):
+        monkeypatch.delenv(name, raising=False)
+    flags = [
+        "--set",
+        "quick",
+        "--shape",
+        "small",
+        "--noise",
+        "1000",
+        "-o",
+        str(out),
+        "--plugins",
+        "telemetry",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", *flags])
+    tool.main()
+    text = out.read_text()
+    for words in ("| tiny-q8_0 | pp16 |", "| random-small-q4_0 | tg2 x2 |", "| telemetry | exact |", "numba"):
+        assert words in text
+    assert (models / "random-small-q4_0.gguf").exists()
