@@ -26,7 +26,10 @@ class StopLoop:
         """Count for each span how many tokens in a row were the same as one span before."""
         before = seq.notes.get("stop-loop", {})
         near = seq.tokens[-2 : -self.span - 2 : -1]
-        same = {span: before.get(span, 0) + 1 for span, old in enumerate(near, 1) if old == token}
+        same, span = {}, 0
+        for _ in range(near.count(token)):
+            span = near.index(token, span) + 1
+            same[span] = before.get(span, 0) + 1
         seq.notes["stop-loop"] = same
         for span, count in same.items():
             if count + span >= max(self.times * span, self.least):

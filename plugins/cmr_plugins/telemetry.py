@@ -10,6 +10,10 @@ from typing import Annotated, Any, TextIO
 
 from cmr import PluginError, hookimpl, plugin
 
+LINE = (
+    '{"t": %.6f, "step": %d, "sequences": %d, "prompt_rows": %d, "decode_rows": %d, "drafted": %d, '
+    '"tokens": %d, "seconds": %.6f}\n'
+)
 LIVE_SECONDS = 0.2
 FLUSH_SECONDS = 1.0
 
@@ -72,17 +76,11 @@ class Telemetry:
 
     def _write(self, step: Any, gained: int, now: float) -> None:
         if self.file is not None:
-            line = {
-                "t": round(now - self.began, 6),
-                "step": self.steps,
-                "sequences": len(step.parts),
-                "prompt_rows": step.n_prompt,
-                "decode_rows": len(step.tokens) - step.n_prompt,
-                "drafted": sum(len(part.draft) for part in step.parts),
-                "tokens": gained,
-                "seconds": round(step.seconds, 6),
-            }
-            self.file.write(json.dumps(line) + "\n")
+            drafted = sum(len(part.draft) for part in step.parts)
+            self.file.write(
+                LINE % (now - self.began, self.steps, len(step.parts), step.n_prompt,
+                        len(step.tokens) - step.n_prompt, drafted, gained, step.seconds)
+            )  # fmt: skip
             if now - self.flushed > FLUSH_SECONDS:
                 self.flushed = now
                 self.file.flush()

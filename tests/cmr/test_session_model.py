@@ -1,0 +1,90 @@
+"""The same exactness on a real model: what shares a step, or was given up and fed again, changes no token."""
+
+import pytest
+from tests.toy import Copies, Drafts, Together
+
+import cmr
+from cmr import Session, hookimpl
+
+PROMPTS = (
+    "Once upon a time",
+    "Tom and Lily had a ball. Tom and Lily had a",
+    "The dog",
+    "One day a bird " * 6,
+)
+
+
+class Preempts:
+    exact = True
+
+    @hookimpl
+    def on_step(self, step):
+        for part in step.parts:
+            if part.seq.n_new == 7 and "done" not in part.seq.notes:
+                part.seq.notes["done"] = True
+                part.seq.rollback(0)
+
+
+@pytest.fixture(scope="module")
+def models(shared):
+    """An open model for each device, opened once."""
+    opened = {}
+
+    def get(device):
+        if device not in opened:
+            opened[device] = cmr.open_model(shared / "models" / "stories260K-f32.gguf", device=device)
+        return opened[device]
+
+    yield get
+    for model in opened.values():
+        model.close()
+
+
+def answers(session, **options):
+    """The tokens of an answer to each prompt, all asked for at once."""
+    requests = [session.request(prompt, max_tokens=16, **options) for prompt in PROMPTS]
+    got = {id(request): [] for request in requests}
+    for request, token in session.stream(requests):
+        got[id(request)].append(token)
+    return [got[id(request)] for request in requests]
+
+
+@pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 0.8, "seed": 5}], ids=["greedy", "seeded"])
+def test_steps_put_together_otherwise_give_the_same_tokens(models, device, options):
+    model = models(device)
+    plain = answers(Session.open(model), **options)
+    assert len({tuple(tokens) for tokens in plain}) == len(PROMPTS)
+    for plugins, limits in [
+        ((), {"chunk": 5}),
+        ((Copies(),), {}),
+        ((Together(rows=6),), {}),
+        ((Together(), Copies()), {}),
+        ((Preempts(), Copies()), {"chunk": 3}),
+        ((Preempts(), Together(rows=4)), {}),
+        ((Drafts(lambda seq: [1, 2, 3]), "stop-loop", "telemetry", "answer-cache"), {}),
+    ]:
+        assert answers(Session.open(model, plugins, **limits), **options) == plain, plugins
+
+
+def test_an_interrupted_step_is_undone(models, device):
+    class Interrupts:
+        exact = True
+        calls = 0
+
+        @hookimpl
+        def on_attention(self, seq, layer, q, cache):
+            self.calls += 1
+            if self.calls in (3, 17):
+                raise KeyboardInterrupt
+
+    model = models(device)
+    session = Session.open(model, [Interrupts()])
+    seq = session.add(session.request(PROMPTS[0], max_tokens=16, temp=0.0))
+    interrupted = 0
+    while seq.stop is None:
+        try:
+            session.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 2
+    assert seq.new == answers(Session.open(model), temp=0.0)[0]
