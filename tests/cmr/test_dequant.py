@@ -120,19 +120,20 @@ assert np.array_equal(out, halves.view(np.float16).astype(np.float32), equal_nan
 
 
 def test_halves_need_no_help_on_a_plain_target(tmp_path):
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "CMR_CACHE": str(tmp_path)}
     environment = os.environ | plain | {"PYTHONPATH": str(ROOT / "runner")}
     subprocess.run([sys.executable, "-c", ON_A_PLAIN_TARGET], env=environment, check=True)
 
 
 COUNT_HITS = """
-from cmr.ops.kernels.dequant import dequant_rows
-print([sum(dequant_rows(type).stats.cache_hits.values()) for type in (0, 2, 12)])
+from cmr.ops.kernels import dequant
+from cmr.ops.kernels.emit import compile_kernel
+print([compile_kernel("dequant:" + name).cache_hits for name in ("F32", "Q4_0", "Q4_K")])
 """
 
 
 def test_the_disk_cache_keeps_formats_apart(tmp_path):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "runner")}
+    environment = os.environ | {"CMR_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT / "runner")}
     command = [sys.executable, "-c", COUNT_HITS]
     runs = [
         subprocess.run(command, env=environment, check=True, capture_output=True, text=True) for _ in "ab"

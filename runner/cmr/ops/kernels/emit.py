@@ -1,21 +1,24 @@
-"""Turn emitters (functions that write vector code) into compiled kernels with addresses.
+"""The table of emitters: functions that write vector code, each the body of a kernel.
 
 Every kernel takes twelve 64-bit integers (addresses, sizes, counts) and returns one, so that one call by address serves
 them all. A kernel is named by a key such as "gemv:Q4_K:1": the emitter and its parameters.
 """
 
-import numba
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from __future__ import annotations
 
+from typing import Any
+
+from llvmlite import ir
+
+from .machine_code import compile_kernel
 from .target import detect
-from .vector import I64, Vectors
+from .vector import I64
 
 TARGET = detect()
 ARGUMENTS = 12
-SIGNATURE = types.int64(*[types.int64] * ARGUMENTS)
-EMITTERS = {}
+EMITTERS: dict[str, Any] = {}
+
+__all__ = ["ARGUMENTS", "EMITTERS", "TARGET", "call_kernel", "compile_kernel", "emitter", "write"]
 
 
 def emitter(name):
@@ -26,20 +29,6 @@ def emitter(name):
         return function
 
     return register
-
-
-@intrinsic(prefer_literal=True)
-def emit(typingctx, key, args):
-    """Write the emitter named by the literal key at this place."""
-    name, *parameters = key.literal_value.split(":")
-
-    def generate(context, builder, signature, values):
-        v = Vectors(builder, TARGET)
-        fields = [builder.extract_value(values[1], i) for i in range(len(args))]
-        result = EMITTERS[name](v, fields, *parameters)
-        return I64(0) if result is None else result
-
-    return types.int64(key, args), generate
 
 
 def write(v, name, *args):
@@ -54,10 +43,10 @@ def call_kernel(v, address, *args):
     return v.b.call(v.b.inttoptr(address, kind.as_pointer()), fields)
 
 
-def compile_kernel(key):
-    """Compile (or load from the disk cache) the kernel with this key; the result has an `address`."""
+def __getattr__(name: str) -> Any:
+    """Give what numba functions use (emit, SIGNATURE) from the compiler, which is imported only then."""
+    if name in ("emit", "SIGNATURE"):
+        from . import compiler
 
-    def kernel(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11):
-        return emit(key, (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11))
-
-    return numba.cfunc(SIGNATURE, cache=True)(kernel)
+        return getattr(compiler, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 
 VARIANTS = ("avx512vnni", "avx512", "avxvnni", "avx2", "plain")
@@ -51,10 +52,10 @@ class Target:
 def features():
     """The names of the vector features that numba may use, the user's restrictions applied."""
     from llvmlite import binding
-    from numba import config
 
-    if config.CPU_FEATURES is not None:
-        return {word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+")}
+    wanted = os.environ.get("NUMBA_CPU_FEATURES")
+    if wanted is not None:
+        return {word[1:] for word in wanted.split(",") if word.startswith("+")}
     return {name for name, present in binding.get_host_cpu_features().items() if present}
 
 
@@ -73,9 +74,11 @@ def detect():
 
 
 def _restrict(variant):
-    """Make LLVM generate for an older processor, so that a fallback is the code an old machine runs."""
-    from numba import config
-
-    config.CPU_NAME = _LLVM_CPU[variant]
+    """Make numba generate for an older processor, so that a fallback is the code an old machine runs."""
     base = "" if variant == "plain" else "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+lzcnt,"
-    config.CPU_FEATURES = base + ",".join("+" + name for name in _NEEDS[variant])
+    name, features = _LLVM_CPU[variant], base + ",".join("+" + name for name in _NEEDS[variant])
+    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = name, features
+    if "numba" in sys.modules:
+        from numba import config
+
+        config.CPU_NAME, config.CPU_FEATURES = name, features

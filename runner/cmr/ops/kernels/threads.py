@@ -9,17 +9,18 @@ a job needs, each through its own lock, so that no other can take the wake-up.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 import weakref
+from functools import cache
+from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils
 
-from .emit import TARGET, call_kernel, emit, emitter, write
+from .emit import TARGET, call_kernel, compile_kernel, emitter, write
 from .vector import I32, I64
 
 LINE = 64
@@ -57,7 +58,7 @@ def _breathe(v, spins):
     v.set(spins, v.add(v.get(spins), 1))
     with v.when(v.compare(v.remainder(v.get(spins), SPINS), "==", 0)):
         name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-        v.b.call(cgutils.get_or_insert_function(v.b.module, ir.FunctionType(I32, []), name), [])
+        v.call(name, I32)
 
 
 @emitter("barrier")
@@ -87,7 +88,7 @@ def _swap(v, address, old, new):
 @emitter("work")
 def work(v, args):
     """Run jobs until there has been none for a while; the job seen last, or -1 to end: control, me, seen."""
-    control, me, before = args
+    control, me, before = args[:3]
     seen, spins, result = v.variable(before), v.variable(I64(0)), v.variable(before)
     state = v.add(control, WORKERS, v.mul(me, 8))
     _write(v, state, AWAKE)
@@ -161,7 +162,7 @@ def run(v, args):
 
     Returns 0 when it is done; else how many workers must be woken before it is called again with launched = 1.
     """
-    return _run_job(v, *args)
+    return _run_job(v, *args[:6])
 
 
 @emitter("run_program")
@@ -171,7 +172,7 @@ def run_program(v, args):
     Returns -1 when all are done; else the index of a job whose workers must be woken before it is called again with
     that index as `first` and launched = 1.
     """
-    control, table, first, count, launched = args
+    control, table, first, count, launched = args[:5]
     result, index, again = v.variable(I64(-1)), v.variable(first), v.variable(launched)
     with v.repeat() as leave:
         i = v.get(index)
@@ -187,22 +188,11 @@ def run_program(v, args):
     return v.get(result)
 
 
-_options = {"nogil": True, "cache": True, "error_model": "numpy"}
-
-
-@numba.njit("int64(int64,int64,int64)", **_options)
-def _work(control, me, seen):
-    return emit("work", (control, me, seen))
-
-
-@numba.njit("int64(int64,int64,int64,int64,int64,int64)", **_options)
-def _run(control, kernel, argument, team, counters, launched):
-    return emit("run", (control, kernel, argument, team, counters, launched))
-
-
-@numba.njit("int64(int64,int64,int64,int64,int64)", **_options)
-def _run_program(control, table, first, count, launched):
-    return emit("run_program", (control, table, first, count, launched))
+@cache
+def _function(key: str, arguments: int) -> Any:
+    """A kernel that Python calls, with its first so many arguments; other threads run meanwhile."""
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)
+    return kind(compile_kernel(key).address)
 
 
 class Pool:
@@ -213,6 +203,8 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._work, self._run = _function("work", 3), _function("run", 6)
+        self._run_program = _function("run_program", 5)
         self._memory = np.zeros(WORKERS + 8 * threads + LINE, np.uint8)
         shift = -self._memory.ctypes.data % LINE
         self._words = self._memory[shift : shift + WORKERS + 8 * threads].view(np.int64)
@@ -239,7 +231,7 @@ class Pool:
         seen = 0
         while seen >= 0:
             gate.acquire()
-            seen = _work(self.control, me, seen)
+            seen = self._work(self.control, me, seen)
 
     def _call(self) -> None:
         """Wake the workers that the job needs."""
@@ -252,9 +244,9 @@ class Pool:
         if team > 1 and not self._workers:
             self._start()
         try:
-            if _run(self.control, kernel, argument, team, counters, 0):
+            if self._run(self.control, kernel, argument, team, counters, 0):
                 self._call()
-                _run(self.control, kernel, argument, team, counters, 1)
+                self._run(self.control, kernel, argument, team, counters, 1)
         except BaseException:
             self._settle()
             raise
@@ -265,7 +257,7 @@ class Pool:
             self._start()
         first = launched = 0
         try:
-            while (first := _run_program(self.control, table, first, count, launched)) >= 0:
+            while (first := self._run_program(self.control, table, first, count, launched)) >= 0:
                 self._call()
                 launched = 1
         except BaseException:
@@ -277,12 +269,12 @@ class Pool:
         job, done, kernel, argument = (int(self._words[at // 8]) for at in (JOB, DONE, KERNEL, ARGUMENT))
         if job != done:
             self._call()
-            _run(self.control, kernel, argument, job % TEAMS, 0, 1)
+            self._run(self.control, kernel, argument, job % TEAMS, 0, 1)
 
     def close(self) -> None:
         """End the workers; a later launch starts new ones."""
         if self._workers:
-            if _run(self.control, 0, 0, self.threads, 0, 0):
+            if self._run(self.control, 0, 0, self.threads, 0, 0):
                 self._call()
             for worker in self._workers:
                 worker.join()

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 
 from llvmlite import ir
-from numba.core import cgutils
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -113,9 +112,14 @@ class Vectors:
 
     def variable(self, value):
         """A mutable slot, promoted to registers by LLVM; use get and set."""
-        slot = cgutils.alloca_once(self.b, value.type)
+        slot = self.allocate(value.type)
         self.b.store(value, slot)
         return slot
+
+    def allocate(self, kind):
+        """A place on the stack, made once on entry to the function."""
+        with self.b.goto_entry_block():
+            return self.b.alloca(kind)
 
     def get(self, slot):
         return self.b.load(slot)
@@ -125,7 +129,7 @@ class Vectors:
 
     def scratch(self, size):
         """The address of size bytes on the stack, 64-byte aligned."""
-        slot = cgutils.alloca_once(self.b, ir.ArrayType(I8, size))
+        slot = self.allocate(ir.ArrayType(I8, size))
         slot.align = 64
         return self.b.ptrtoint(slot, I64)
 
@@ -161,28 +165,26 @@ class Vectors:
 
     def prefetch(self, address):
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        name = "llvm.prefetch.p0"
-        self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [pointer, I32(0), I32(3), I32(1)])
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
     def copy(self, target, source, size):
         """Copy size bytes (a value or a constant)."""
-        cgutils.raw_memcpy(
-            self.b,
-            self.b.inttoptr(target, I8.as_pointer()),
-            self.b.inttoptr(source, I8.as_pointer()),
-            self.i(size),
-            1,
-        )
+        there, here = (self.b.inttoptr(address, I8.as_pointer()) for address in (target, source))
+        self.call("llvm.memcpy.p0.p0.i64", ir.VoidType(), there, here, self.i(size), I1(0))
 
     def clear(self, target, size):
-        cgutils.memset(self.b, self.b.inttoptr(target, I8.as_pointer()), self.i(size), 0)
+        """Set bytes to zero."""
+        pointer = self.b.inttoptr(target, I8.as_pointer())
+        self.call("llvm.memset.p0.i64", ir.VoidType(), pointer, I8(0), self.i(size), I1(0))
 
     # -- lanes
 
     def call(self, name, result, *values):
-        kind = ir.FunctionType(result, [value.type for value in values])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), values)
+        function = self.b.module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(result, [value.type for value in values])
+            function = ir.Function(self.b.module, kind, name)
+        return self.b.call(function, values)
 
     def cast(self, value, element, count):
         kind = element if count == 1 else vec(element, count)

@@ -1,0 +1,141 @@
+"""Machine code of kernels on disk, and its way into memory: a kernel that is there runs without numba being imported.
+
+The folder's name tells apart the kernels' sources, the versions of the compiler, and the processor. A file holds the
+symbol, a checksum and the object code; one that is damaged is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llvmlite import binding
+
+HERE = Path(__file__).parent
+
+
+_LOADED: dict[Path, Kernel] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A compiled kernel: where it is, and whether it came from disk."""
+
+    address: int
+    cache_hits: int
+    keep: Any = None
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels of these sources belong: below CMR_CACHE, else the user's cache, else temporary."""
+    base = os.environ.get("CMR_CACHE") or os.environ.get("XDG_CACHE_HOME") or _home_cache()
+    return Path(base) / "cmr" / f"kernels-{_fingerprint()}"
+
+
+def _home_cache() -> str:
+    if sys.platform == "win32":
+        return os.environ.get("LOCALAPPDATA") or tempfile.gettempdir()
+    home = os.environ.get("HOME")
+    return str(Path(home) / ".cache") if home else tempfile.gettempdir()
+
+
+def _fingerprint() -> str:
+    """Twelve digits that change with any source in this folder, the compiler, the interpreter and the processor."""
+    digest = hashlib.sha256()
+    for source in sorted(HERE.glob("*.py")):
+        digest.update(source.read_bytes())
+    wishes = [os.environ.get(name) for name in ("CMR_CPU", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    features = sorted(name for name, there in binding.get_host_cpu_features().items() if there)
+    facts = (version("numba"), version("llvmlite"), sys.version, sys.platform, wishes, features)
+    digest.update(repr((*facts, binding.get_host_cpu_name())).encode())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _folder() -> Path:
+    """The folder in use, made now; a temporary one where the first choice cannot be written."""
+    first = cache_folder()
+    for folder in (first, Path(tempfile.gettempdir()) / f"cmr-{os.getuid() if hasattr(os, 'getuid') else 0}" / first.name):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return first
+
+
+@cache
+def _engine() -> Any:
+    """The loader of object code, one for the process."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine()
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+
+
+def compile_kernel(key: str) -> Kernel:
+    """Return the kernel with this key, from disk where it is there, else compiled by numba and stored."""
+    from .emit import EMITTERS
+
+    path = _path(key, EMITTERS[key.partition(":")[0]])
+    if path not in _LOADED:
+        _LOADED[path] = _load(path) or _compile(path, key)
+    return _LOADED[path]
+
+
+def _load(path: Path) -> Kernel | None:
+    """Bring a stored kernel into memory; None where there is none."""
+    found = _read(path)
+    if found is not None:
+        symbol, code = found
+        engine = _engine()
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        address = engine.get_function_address(symbol)
+        return Kernel(address, 1) if address else None
+    return None
+
+
+def _compile(path: Path, key: str) -> Kernel:
+    from .compiler import compile_native, object_code
+
+    compiled = compile_native(key)
+    _write(path, *object_code(compiled))
+    return Kernel(compiled.address, 0, compiled)
+
+
+def _path(key: str, emitter: Any) -> Path:
+    """Where a kernel is stored; an emitter from elsewhere is told apart by its file's contents."""
+    source = Path(inspect.getfile(emitter))
+    stamp = "" if source.parent == HERE else "-" + hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    return _folder() / f"{key.replace(':', '-')}{stamp}.kernel"
+
+
+def _read(path: Path) -> tuple[str, bytes] | None:
+    """The symbol and object code in a file, or None where it is absent or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    head, _, code = content.partition(b"\n")
+    symbol, _, digest = head.decode("ascii", "replace").partition(" ")
+    return (symbol, code) if digest == hashlib.sha256(code).hexdigest() else None
+
+
+def _write(path: Path, symbol: str, code: bytes) -> None:
+    """Store a kernel in one step, so that other processes see all of it or nothing; a full disk is no error."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(f"{symbol} {hashlib.sha256(code).hexdigest()}\n".encode() + code)
+        os.replace(file.name, path)
+    except OSError:
+        return
