@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "runner"), str(ROOT / "plugins")])}
+SILENCE = 120.0  # seconds after which a terminal is given up
 CHAT = ("--chat-template", "chatml")
 
 
@@ -49,10 +52,8 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """Read until `text` shows; return what came up to its end and forget it."""
         while text not in self.seen:
-            try:
-                self.seen += os.read(self.fd, 1 << 16).decode("utf-8", "replace")
-            except OSError:
-                raise AssertionError(f"{text!r} never showed; there was {self.seen!r}") from None
+            if not self._read():
+                raise AssertionError(f"{text!r} never showed; there was {self.seen!r}")
         place = self.seen.index(text) + len(text)
         found, self.seen = self.seen[:place], self.seen[place:]
         return found
@@ -63,10 +64,19 @@ class Terminal:
 
     def end(self) -> int:
         """Read what is left and return the exit status."""
-        try:
-            while data := os.read(self.fd, 1 << 16):
-                self.seen += data.decode("utf-8", "replace")
-        except OSError:
+        while self._read():
             pass
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def _read(self) -> bool:
+        """Take in what shows next; False at the end, and after a long silence."""
+        if not select.select([self.fd], [], [], SILENCE)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            return False
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except OSError:  # how Linux says that the other side is gone
+            return False
+        self.seen += data.decode("utf-8", "replace")
+        return bool(data)
