@@ -10,7 +10,6 @@ mixes them.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import struct
 import sys
@@ -21,7 +20,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runner"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "runner"), str(Path(__file__).parent)]
+
+from made_up_vocabulary import made_up_vocabulary  # noqa: E402
 
 from cmr.gguf_file import open_gguf  # noqa: E402
 from cmr.quants import Format, format_by_name  # noqa: E402
@@ -186,33 +187,6 @@ def chunks(
         step = max(1, CHUNK_BYTES // (k // format.elements * format.bytes))
         for start in range(0, rows, step):
             yield random_rows(rng, format, min(step, rows - start), k, spread).tobytes()
-
-
-def letters() -> Iterator[str]:
-    """Yield every lowercase word, shorter ones first."""
-    for length in itertools.count(1):
-        for word in itertools.product("etaoinshrdlucmfwygpbvkxqjz", repeat=length):
-            yield "".join(word)
-
-
-def made_up_vocabulary(size: int) -> dict[str, Any]:
-    """Return the metadata of a sentencepiece vocabulary of bytes and short words."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    words = (form for word in letters() for form in (word, "\u2581" + word))
-    tokens += itertools.islice(words, size - len(tokens))
-    kinds = np.ones(size, np.int32)
-    kinds[:3], kinds[3:259] = (2, 3, 3), 6
-    scores = -np.arange(size, dtype=np.float32)
-    scores[:259] = 0
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [token.encode() for token in tokens],
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
 
 
 def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, Any]) -> dict[str, Any]:

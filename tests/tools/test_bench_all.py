@@ -48,12 +48,12 @@ def _row(engine, **more):
 
 
 def test_llama_cpp_stands_in_the_line_of_its_test():
-    lines = tool.paired([_row("cmr"), _row("llama.cpp", median_ts=99.0)]).splitlines()
+    lines = "\n".join(tool.speeds([_row("cmr"), _row("llama.cpp", median_ts=99.0)])).splitlines()
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
     assert lines[2] == (
         "| a | tg8 | 2 | 150 | 9.51 to 200 | 20.0 GB/s, 90% of reading | 99 | 1.50 (1.40 to 1.60) |"
     )
-    alone = tool.paired([_row("cmr", rounds_disturbed=2)])
+    alone = list(tool.speeds([_row("cmr", rounds_disturbed=2)]))[-1]
     assert "9.51 to 200, 2 disturbed |" in alone and alone.endswith("|  |  |")
 
 
@@ -76,12 +76,14 @@ def test_the_whole_set_runs_on_small_models(tmp_path, monkeypatch):
         "1000",
         "-o",
         str(out),
-        "--plugins",
-        "telemetry",
     ]
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time there was a king " * 30)
+    flags += ["--plugins", "telemetry", "none", "--text", str(text)]
     monkeypatch.setattr(sys, "argv", ["bench_all.py", *flags])
     tool.main()
     text = out.read_text()
     for words in ("| tiny-q8_0 | pp16 |", "| random-small-q4_0 | tg2 x2 |", "| telemetry | exact |", "numba"):
         assert words in text
+    assert "| tiny-q8_0 | cmr | " in text and "| none | not measured: " in text
     assert (models / "random-small-q4_0.gguf").exists()

@@ -1,0 +1,157 @@
+"""The Markdown tables of BENCHMARKS.md: speed beside llama.cpp, start and memory, quality, plugins."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import cmr
+from cmr.bench import footprint, report
+from cmr.bench.cases import Case
+from cmr.bench.divergence import written_text
+from cmr.bench.measure import Row, Settings, Side, measure, read_text
+from cmr.bench.peer import LlamaWorker, Peer, open_peer
+from cmr.bench.quality import WINDOW, quality
+from cmr.discovery import describe
+from cmr.errors import CMRError, RequestError
+
+QUALITY_TOKENS = 4096
+MEMORY_CONTEXT = 2048
+
+
+def say(text: str) -> None:
+    """Tell who waits."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def find_peer(path: Path, context: int) -> Peer | None:
+    """Open the file with llama.cpp, or return None where there is none."""
+    try:
+        return open_peer(path, context)
+    except RequestError as error:
+        say(str(error))
+        return None
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(*names: str) -> str:
+    return f"{_line(*names)}\n{'|---' * len(names)}|"
+
+
+def speeds(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One line a test: CMR, what it reached of the machine, llama.cpp, their ratio."""
+    yield _head(
+        *("model", "test", "threads", "CMR tok/s", "spread", "of the roof", "llama.cpp tok/s", "ratio (95 %)")
+    )
+    peers = {_key(row): row for row in rows if row["engine"] == "llama.cpp"}
+    for row in rows:
+        if row["engine"] == "llama.cpp":
+            continue
+        peer = peers.get(_key(row))
+        marks = f", {row['rounds_disturbed']} disturbed" if row["rounds_disturbed"] else ""
+        yield _line(
+            *(Path(row["model_filename"]).stem, row["test"], str(row["n_threads"])),
+            report.number(row["median_ts"]),
+            f"{report.number(row['min_ts'])} to {report.number(row['max_ts'])}{marks}",
+            report.roof(row),
+            report.number(peer["median_ts"]) if peer else "",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if peer else "",
+        )
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model_filename"], row["test"], row["n_threads"]
+
+
+def starts(files: Sequence[Path], threads: int) -> Iterator[str]:
+    """One line a model: seconds to the first text, memory beyond the file, llama.cpp's."""
+    yield _head("model", "first run ever", "warm start", "context", "memory beyond the file", "llama.cpp's")
+    for path in files:
+        say(f"{path.name}: start and memory")
+        with closing(cmr.open_model(path, device="portable")) as model:
+            context = min(MEMORY_CONTEXT, model.config.n_ctx)
+        times = footprint.start_times(str(path))
+        ours = footprint.memory(str(path), context, threads)
+        yield _line(
+            path.stem,
+            f"{times['cold'][0]:.1f} s",
+            f"{statistics.median(times['warm']):.2f} s",
+            str(context),
+            f"{ours['bytes'] / 1e6:.0f} MB",
+            _peer_memory(path, context, threads),
+        )
+
+
+def _peer_memory(path: Path, context: int, threads: int) -> str:
+    peer = find_peer(path, context)
+    with closing(peer) if peer else nullcontext():
+        if not isinstance(peer, LlamaWorker):
+            return ""
+        return f"{peer.ask('memory', context=context, threads=threads)['bytes'] / 1e6:.0f} MB"
+
+
+def divergences(files: Sequence[Path], text: str) -> Iterator[str]:
+    """One line a model and engine: KL divergence of quantized activations from float ones on a text."""
+    yield _head("model", "engine", "KL from float activations", "99.9 %", "same choice", "tokens")
+    for path in files:
+        say(f"{path.name}: KL divergence from float activations")
+        peer = find_peer(path, WINDOW)
+        with closing(peer) if peer else nullcontext():
+            found = quality(str(path), read_text(text), QUALITY_TOKENS, peer)
+        for name, far in found.items():
+            kl = (f"{far.mean:.3g}", f"{far.p999:.3g}")
+            yield _line(path.stem, name, *kl, f"{far.same_top:.2%}", str(far.tokens))
+
+
+def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads: int) -> Iterator[str]:
+    """One line a plugin beside a run without: speed, memory, divergence; or why it did not run.
+
+    Prompts are cut from the settings' text, else from one that the model writes.
+    """
+    yield _head("plugin", "promise", "prompt", "generation", "KV bytes", "KL", "same choice")
+    with closing(cmr.open_model(path)) as model, cmr.Session.open(model) as session:
+        context = model.config.n_ctx
+        if settings.text:
+            text = read_text(settings.text)
+        else:
+            text = model.tokenizer.decode(written_text(session, min(context, 1024) - 16))
+    depth = min(256, context // 4)
+    cases = [Case(depth, 0, depth, threads=threads), Case(0, 64, depth, threads=threads)]
+    with tempfile.TemporaryDirectory(prefix="cmr-bench-") as folder:
+        file = Path(folder) / "text"
+        file.write_text(text, "utf-8")
+        for name in plugins:
+            say(f"plugin {name}")
+            sides = (Side("plain"), Side(name, (name,)))
+            against = Settings(sides, settings.rounds, text=str(file), watch=settings.watch, roofs=False)
+            try:
+                yield _plugin(name, list(measure(str(path), cases, against)))
+            except CMRError as error:
+                yield _line(name, f"not measured: {error}", *[""] * 5)
+
+
+def _plugin(name: str, rows: Sequence[Row]) -> str:
+    promise = {True: "exact", False: "changes tokens", None: "by its options"}
+    _, prompt, plain, gen = rows
+    far = gen.divergence
+    return _line(
+        name,
+        promise[describe(name.partition(":")[0]).exact],
+        *(_times(row) for row in (prompt, gen)),
+        f"{(gen.kv_bytes or 0) / max(1, plain.kv_bytes or 0):.2f}x",
+        *((f"{far.mean:.2g}", f"{far.same_top:.1%}") if far and far.tokens else ("", "")),
+    )
+
+
+def _times(row: Row) -> str:
+    ratio = row.ratio
+    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
