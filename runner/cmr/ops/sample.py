@@ -3,29 +3,21 @@
 Without numba the same functions run as plain Python.
 """
 
+from __future__ import annotations
+
+import ctypes
 import math
+from collections.abc import Callable
 from functools import cache
+from types import FunctionType
+from typing import Any
 
-try:
-    from numba import njit
-
-    import cmr.ops.kernels  # noqa: F401  (says where compiled code is kept)
-except ImportError as error:
-    if error.name is None or error.name.split(".")[0] not in ("numba", "llvmlite"):
-        raise
-    njit = None  # type: ignore[assignment]
+import numpy as np
 
 TOP_P, MIN_P, TYPICAL, XTC, TEMPERATURE, DYNAMIC = range(6)
 COLDEST = 1e-6  # what a dynamic temperature is held to, so that no division overflows
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 
-def _inner(function):
-    """Compile a helper together with the kernel that calls it."""
-    return function if njit is None else njit(no_cpython_wrapper=True, **_OPTIONS)(function)
-
-
-@_inner
 def _softmax(logits, probs, start, stop):
     """Fill probs[start:stop]; return the logarithm of the normalizer and the entropy in nats."""
     peak = logits[start]
@@ -46,7 +38,6 @@ def _softmax(logits, probs, start, stop):
     return peak + spread, spread - moment / total
 
 
-@_inner
 def _typical(probs, logits, center, mass, start, stop):
     """Widen a window from the logit center, nearest first, until it holds more than mass."""
     low = start
@@ -64,10 +55,10 @@ def _typical(probs, logits, center, mass, start, stop):
     return low, high
 
 
-def narrow(ops, args, logits, probs, window, point):
+def narrow(ops, args, logits, probs, window, steps, point):
     """Run samplers over candidates in descending order and return the one that holds point of their mass.
 
-    ops int64[n] are codes of this module, args float64[3n] their settings, logits and probs (scratch)
+    ops int64[steps] are codes of this module, args float64[3 * steps] their settings, logits and probs (scratch)
     float64, window int64[2] the first candidate and the one after the last. A sampler narrows the window or
     rescales the logits, so the order holds throughout; TEMPERATURE alone does not need it. A negative point
     draws nothing and returns the first. Each rule is llama.cpp's; with its settings in the order of args:
@@ -79,7 +70,7 @@ def narrow(ops, args, logits, probs, window, point):
         DYNAMIC      exponent on the relative entropy, lowest divisor, highest
     """
     start, stop = window[0], window[1]
-    for step in range(ops.size):
+    for step in range(steps):
         op = ops[step]
         setting = args[3 * step]
         second = args[3 * step + 1]
@@ -128,15 +119,15 @@ def narrow(ops, args, logits, probs, window, point):
     return choice
 
 
-def repeats(tail, limit, lengths):
+def repeats(tail, lengths, size_of_tail, limit):
     """Fill lengths[k], k >= 1, with how many of tail's last tokens also stand k tokens earlier, up to limit.
 
     tail and lengths are int32 of one size. The Z algorithm on the reversed tail: linear time (Gusfield 1997).
     """
-    last = tail.size - 1
+    last = size_of_tail - 1
     left = 0
     right = 0  # the box [left, right) is the stretch of farthest reach known to equal the beginning
-    for k in range(1, tail.size):
+    for k in range(1, size_of_tail):
         size = 0
         if k < right:
             size = lengths[k - left]
@@ -147,19 +138,67 @@ def repeats(tail, limit, lengths):
                 size += 1
             left, right = k, k + size
         lengths[k] = size
-    for k in range(1, tail.size):
+    for k in range(1, size_of_tail):
         if lengths[k] > limit:
             lengths[k] = limit
+    return 0
 
 
-_SIGNATURES = {
-    "narrow": "int64(int64[::1], float64[::1], float64[::1], float64[::1], int64[::1], float64)",
-    "repeats": "void(int32[::1], int64, int32[::1])",
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _call_narrow(function: Any, place: Callable[[np.ndarray], Any]) -> Callable[..., int]:
+    """`narrow` as a function of arrays."""
+
+    def call(ops, args, logits, probs, window, point):
+        return function(*(place(a) for a in (ops, args, logits, probs, window)), len(ops), point)
+
+    return call
+
+
+def _call_repeats(function: Any, place: Callable[[np.ndarray], Any]) -> Callable[..., None]:
+    """`repeats` as a function of arrays."""
+
+    def call(tail, limit, lengths):
+        function(place(tail), place(lengths), len(tail), limit)
+
+    return call
+
+
+# Kernel: what its pointers point to, its other arguments, and how arrays are handed to it.
+_NATIVE: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "narrow": ("int64 float64 float64 float64 int64", "int64 float64", _call_narrow),
+    "repeats": ("int32 int32", "int64 int64", _call_repeats),
 }
 
 
+def _compile(name: str) -> Any:
+    """Compile a kernel with numba as a function of pointers and numbers; inlined, it cannot fail and stands alone."""
+    from numba import cfunc, njit, types
+
+    options: dict[str, Any] = {"error_model": "numpy"}
+    scope = dict(globals()) | {helper.__name__: njit(inline="always", **options)(helper) for helper in (_softmax, _typical)}
+    native = FunctionType(globals()[name].__code__, scope, name)
+    native.__name__ = native.__qualname__ = f"cmr_sample_{name}"
+    pointers, rest, _ = _NATIVE[name]
+    arguments = [types.CPointer(getattr(types, kind)) for kind in pointers.split()]
+    arguments += [getattr(types, kind) for kind in rest.split()]
+    return cfunc(types.int64(*arguments), **options)(native)
+
+
 @cache
-def kernel(name):
-    """Return the kernel of that name, compiled once a process and kept in numba's cache."""
-    function = globals()[name]
-    return function if njit is None else njit(_SIGNATURES[name], **_OPTIONS)(function)
+def kernel(name: str) -> Any:
+    """Return the kernel of that name, compiled once and stored; the Python function where numba is missing."""
+    pointers, rest, call = _NATIVE[name]
+    try:
+        from cmr.ops.kernels.machine_code import stored
+
+        found = stored(f"sample-{name}", __file__, lambda: _compile(name))
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] not in ("numba", "llvmlite"):
+            raise
+        return call(globals()[name], lambda array: array)
+    kinds: list[Any] = [ctypes.c_void_p] * len(pointers.split())
+    kinds += [ctypes.c_double if kind == "float64" else ctypes.c_int64 for kind in rest.split()]
+    return call(ctypes.CFUNCTYPE(ctypes.c_int64, *kinds)(found.address), _address)

@@ -1,4 +1,4 @@
-"""Compile an emitter with numba: vector code inside a function of twelve integers, as machine code and an address."""
+"""Compile an emitter with numba: vector code inside a function of twelve integers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,3 @@ def compile_native(key: str) -> Any:
     kernel.__name__ = kernel.__qualname__ = "cmr_" + re.sub(r"\W", "_", key)
     return numba.cfunc(SIGNATURE, error_model="numpy")(kernel)
 
-
-def object_code(compiled: Any) -> tuple[str, bytes]:
-    """Return the symbol and the relocatable machine code of a C callback."""
-    return compiled.native_name, compiled._library.serialize_using_object_code()[2][0]

@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +23,8 @@ from llvmlite import binding
 HERE = Path(__file__).parent
 
 
+# Symbols of numba's and Python's runtimes; code that calls them could not be loaded by itself.
+FOREIGN = (b"NRT_", b"numba_", b"PyErr_", b"PyGILState_")
 _LOADED: dict[Path, Kernel] = {}
 
 
@@ -86,9 +89,23 @@ def compile_kernel(key: str) -> Kernel:
     """Return the kernel with this key, from disk where it is there, else compiled by numba and stored."""
     from .emit import EMITTERS
 
-    path = _path(key, EMITTERS[key.partition(":")[0]])
+    def compiled() -> Any:
+        from .compiler import compile_native
+
+        return compile_native(key)
+
+    return stored(key.replace(":", "-"), inspect.getfile(EMITTERS[key.partition(":")[0]]), compiled)
+
+
+def stored(name: str, source: str, compiled: Callable[[], Any]) -> Kernel:
+    """Return machine code kept under a name, or make it with compiled(), which returns a C callback of numba's.
+
+    What comes from a `source` outside this folder is told apart by that file's contents. Raises ImportError where
+    numba is needed and missing.
+    """
+    path = _path(name, Path(source))
     if path not in _LOADED:
-        _LOADED[path] = _load(path) or _compile(path, key)
+        _LOADED[path] = _load(path) or _make(path, compiled)
     return _LOADED[path]
 
 
@@ -105,19 +122,17 @@ def _load(path: Path) -> Kernel | None:
     return None
 
 
-def _compile(path: Path, key: str) -> Kernel:
-    from .compiler import compile_native, object_code
+def _make(path: Path, compiled: Callable[[], Any]) -> Kernel:
+    callback = compiled()
+    code = callback._library.serialize_using_object_code()[2][0]
+    if not any(name in code for name in FOREIGN):
+        _write(path, callback.native_name, code)
+    return Kernel(callback.address, 0, callback)
 
-    compiled = compile_native(key)
-    _write(path, *object_code(compiled))
-    return Kernel(compiled.address, 0, compiled)
 
-
-def _path(key: str, emitter: Any) -> Path:
-    """Where a kernel is stored; an emitter from elsewhere is told apart by its file's contents."""
-    source = Path(inspect.getfile(emitter))
+def _path(name: str, source: Path) -> Path:
     stamp = "" if source.parent == HERE else "-" + hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    return _folder() / f"{key.replace(':', '-')}{stamp}.kernel"
+    return _folder() / f"{name}{stamp}.kernel"
 
 
 def _read(path: Path) -> tuple[str, bytes] | None:
