@@ -41,7 +41,7 @@ def _first_text(path: str, cache: str) -> float:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=_environment(NUMBA_CACHE_DIR=cache),
+        env=_environment(CMR_CACHE=cache, NUMBA_CACHE_DIR=cache),
     ) as process:
         first = process.stdout.read(1) if process.stdout else b""
         seconds = time.perf_counter() - started
