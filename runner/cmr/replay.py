@@ -26,7 +26,11 @@ class Replay:
 
     def run(self, plan: Any, step: Any, addresses: tuple[int, ...], body: Callable[[], None]) -> None:
         """Run a step's layers and logits: from the program where it fits, else by body(), which may be recorded."""
-        if step.n_prompt or any(part.want != len(part.tokens) for part in step.parts) or not self._allows(plan):
+        if (
+            step.n_prompt
+            or any(part.want != len(part.tokens) for part in step.parts)
+            or not self._allows(plan)
+        ):
             body()
             return
         caches = [part.seq.caches[layer] for layer in plan.layers for part in step.parts]

@@ -125,7 +125,9 @@ class CpuOps:
                 self.compiling(key, perf_counter() - begun, compiled.cache_hits > 0)
         return found
 
-    def _run(self, job: str, work: int, fields: tuple[int, ...], prompt: bool = False, counters: int = 0) -> int:
+    def _run(
+        self, job: str, work: int, fields: tuple[int, ...], prompt: bool = False, counters: int = 0
+    ) -> int:
         """Run a job on as many threads as its work (in elements) is worth."""
         return self._launch(job, fields, self._team_for(work, prompt), counters)
 
@@ -199,9 +201,7 @@ class CpuOps:
     def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
         ids = np.ascontiguousarray(tokens, np.int64)
         decode = dequant_rows(matrix.type)
-        decode(
-            matrix.address, matrix.row_bytes, ids.ctypes.data, len(ids), matrix.cols, out.addr, out.cols
-        )
+        decode(matrix.address, matrix.row_bytes, ids.ctypes.data, len(ids), matrix.cols, out.addr, out.cols)
         if scale != 1.0:
             out.array[: len(ids)] *= np.float32(scale)
 
@@ -312,7 +312,9 @@ class CpuOps:
         """Compile the kernels that a call with so many rows needs and enter them in its table."""
         done: set[int] = call[-1]
         rest = n - n_prompt
-        wanted = ({1 if rest == 1 else 2 if rest == 2 else 4} if rest else set()) | ({0} if n_prompt else set())
+        wanted = ({1 if rest == 1 else 2 if rest == 2 else 4} if rest else set()) | (
+            {0} if n_prompt else set()
+        )
         for kind in wanted - done:
             for row, (matrix, _) in zip(call[1], call[0]):
                 name = FORMATS[matrix.type].name
@@ -340,7 +342,16 @@ class CpuOps:
         self._norm_rows(x, n, 0, 1, x.cols, norm, out, True, scale)
 
     def _norm_rows(
-        self, x: Buffer, n: int, column: int, heads: int, dim: int, norm: Norm, out: Buffer, add: bool, scale: float
+        self,
+        x: Buffer,
+        n: int,
+        column: int,
+        heads: int,
+        dim: int,
+        norm: Norm,
+        out: Buffer,
+        add: bool,
+        scale: float,
     ) -> None:
         step = 4 * dim if norm.weight.ndim == 2 and norm.weight.shape[0] > 1 else 0
         fields = (

@@ -178,7 +178,8 @@ def _compile(name: str) -> Any:
     from numba import cfunc, njit, types
 
     options: dict[str, Any] = {"error_model": "numpy"}
-    scope = dict(globals()) | {helper.__name__: njit(inline="always", **options)(helper) for helper in (_softmax, _typical)}
+    inline = njit(inline="always", **options)
+    scope = dict(globals()) | {helper.__name__: inline(helper) for helper in (_softmax, _typical)}
     native = FunctionType(globals()[name].__code__, scope, name)
     native.__name__ = native.__qualname__ = f"cmr_sample_{name}"
     pointers, rest, _ = _NATIVE[name]

@@ -154,7 +154,7 @@ def mix(v, args, heads, blocks, half):
 
 @emitter("small_gemm")
 def small_gemm(v, args, blocks, add):
-    """c[m][16*blocks] = a[m][k] @ b[k][16*blocks], or +=: a, a_stride, b, b_stride, c, c_stride, m, k (bytes, float32)."""
+    """c[m][16*blocks] = a[m][k] @ b[k][16*blocks], or +=: a, a_stride, b, b_stride, c, c_stride, m, k (float32)."""
     a, a_stride, b, b_stride, c, c_stride, m, k = args[:8]
     blocks = int(blocks)
     last = v.sub(m, 1)

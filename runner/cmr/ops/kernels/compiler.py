@@ -37,4 +37,3 @@ def compile_native(key: str) -> Any:
 
     kernel.__name__ = kernel.__qualname__ = "cmr_" + re.sub(r"\W", "_", key)
     return numba.cfunc(SIGNATURE, error_model="numpy")(kernel)
-

@@ -1,7 +1,8 @@
 """The block formats as vector code: 256 weights become unsigned bytes, scales and minima.
 
 A weight is scale * (u + offset), or scale * u + minimum, with one scale (and minimum) for each sub-block of 32 or 16
-weights, whatever the format. Layouts: the block structures of GGUF's reference quantizer (ggml-common.h and the gguf package's quants.py).
+weights, whatever the format. Layouts: the block structures of GGUF's reference quantizer (ggml-common.h and the gguf
+package's quants.py).
 """
 
 from dataclasses import dataclass

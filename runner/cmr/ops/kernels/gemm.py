@@ -11,7 +11,7 @@ depend on how a prompt is cut. The pieces are kernels of their own, so that a ne
 
 from .emit import TARGET, call_kernel, emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
-from .product import D, RECORD, S16, S32, token_bases
+from .product import RECORD, S16, S32, D, token_bases
 from .vector import F32, I8, I32, I64, fill
 
 GROUPS = 2 if TARGET.wide else 1  # row vectors of 16 in a tile
@@ -20,7 +20,11 @@ ROWS = 16 * GROUPS
 CHUNK = 512  # quantized columns unpacked at a time
 FLOAT_STEP = 64
 FLOAT_CHUNK = 128
-GROUP_BYTES = {32: CHUNK // 32 * 640, 16: CHUNK // 16 * 384, 0: FLOAT_CHUNK * 64}  # one 16-row group, by sub-block
+GROUP_BYTES = {
+    32: CHUNK // 32 * 640,
+    16: CHUNK // 16 * 384,
+    0: FLOAT_CHUNK * 64,
+}  # one 16-row group, by sub-block
 PIECES = ("unpack", "panel", "tile", "step", "chunk", "group_bytes", "step_bytes")
 _ROWS_BYTES = 16 * STEP + 16 * 128
 
@@ -144,7 +148,8 @@ def _tile_sums(v, sums, start, n, at):
     first = v.b.icmp_signed("==", at, v.i(0))
     zero = fill(F32, 16, 0.0)
     return zs, [
-        [v.variable(v.b.select(first, zero, v.load(v.add(z, 64 * g), F32, 16))) for g in range(GROUPS)] for z in zs
+        [v.variable(v.b.select(first, zero, v.load(v.add(z, 64 * g), F32, 16))) for g in range(GROUPS)]
+        for z in zs
     ]
 
 

@@ -7,13 +7,16 @@ come free.
 
 from __future__ import annotations
 
-from . import gemm, product, rows  # noqa: F401  (registers their emitters)
+from . import gemm, product  # noqa: F401  (registers their emitters)
+from . import rows as _rows  # noqa: F401
 from .emit import call_kernel, emitter, write
 from .product import STEP
 from .threads import COUNTERS, LINE, draw
 from .vector import I32, I64
 
-PART = ("w", "row_bytes", "rows", "columns", "column", "gemv1", "gemv2", "gemv4", "gemm", "pieces", "bias", "floats")
+PART = (
+    "w", "row_bytes", "rows", "columns", "column", "gemv1", "gemv2", "gemv4", "gemm", "pieces", "bias", "floats",
+)  # fmt: skip
 INPUT = ("x", "x_stride", "columns", "norm", "n", "n_prompt", "floats", "records", "quantized")
 ROOM = ("scratch", "scratch_stride", "parts", "count", "out", "out_stride", "y", "y_stride")
 PIECES = ("normalize", "quantize")

@@ -66,7 +66,8 @@ def _fingerprint() -> str:
 def _folder() -> Path:
     """The folder in use, made now; a temporary one where the first choice cannot be written."""
     first = cache_folder()
-    for folder in (first, Path(tempfile.gettempdir()) / f"cmr-{os.getuid() if hasattr(os, 'getuid') else 0}" / first.name):
+    mine = f"cmr-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    for folder in (first, Path(tempfile.gettempdir()) / mine / first.name):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:

@@ -130,7 +130,11 @@ def _quant_row(v, name, address, xs, columns, tail, chains):
         rest = v.b.and_(columns, v.i(STEP - 1))
         with v.when(v.b.icmp_signed(">", rest, v.i(0))):
             blocks = v.b.udiv(rest, v.i(layout.smallest))
-            v.copy(tail, v.add(address, v.mul(whole, layout.bytes)), v.mul(blocks, layout.bytes * layout.smallest // STEP))
+            v.copy(
+                tail,
+                v.add(address, v.mul(whole, layout.bytes)),
+                v.mul(blocks, layout.bytes * layout.smallest // STEP),
+            )
             at = v.mul(whole, RECORD)
             _quant_step(v, layout, accs, tail, [v.add(x, at) for x in xs])
     return _corrected(v, block, accs)

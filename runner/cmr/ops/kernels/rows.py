@@ -4,7 +4,7 @@ import math
 
 from .emit import emitter
 from .formats import STEP
-from .product import D, RECORD, S16, S32
+from .product import RECORD, S16, S32, D
 from .vector import F32, I8, I32, fill, vec
 
 NORM_KINDS = {"none": 0, "rms": 1, "layer": 2}
@@ -60,7 +60,7 @@ def _root(v, x):
 def normalize(v, args):
     """Norm one row: x, columns, kind, weight, bias or 0, eps (float32 bits), out, add (0 or 1), scale (bits).
 
-    out = norm(x), or out += scale * norm(x); kind 0 copies, 1 divides by the root mean square, 2 also takes the mean away.
+    out = norm(x), or out += scale * norm(x); kind 0 copies, 1 divides by the root mean square, 2 also centres first.
     """
     x, columns, kind, weight, bias, eps, out, add, scale = args[:9]
     size = v.b.sitofp(columns, F32)
@@ -148,7 +148,9 @@ def tanh(v, x):
     """tanh through exp; absolute error about 1e-7."""
     lanes = x.type.count
     e = v.exp(v.b.fadd(x, x))
-    return v.b.fsub(fill(F32, lanes, 1.0), v.b.fdiv(fill(F32, lanes, 2.0), v.b.fadd(e, fill(F32, lanes, 1.0))))
+    return v.b.fsub(
+        fill(F32, lanes, 1.0), v.b.fdiv(fill(F32, lanes, 2.0), v.b.fadd(e, fill(F32, lanes, 1.0)))
+    )
 
 
 def _gelu(v, x):
@@ -258,5 +260,3 @@ def to_half(v, args):
         v.store(v.add(target, v.mul(at, 2)), bits)
 
     v.chunks(count, body)
-
-

@@ -272,7 +272,8 @@ class Vectors:
         body = self.b.and_(bits, fill(I32, count, 0x7FFFFFFF))
         odd = self.b.and_(self.b.lshr(body, fill(I32, count, 13)), fill(I32, count, 1))
         normal = self.b.lshr(
-            self.b.add(self.b.add(body, fill(I32, count, (-(112 << 23) + 0xFFF) & 0xFFFFFFFF)), odd), fill(I32, count, 13)
+            self.b.add(self.b.add(body, fill(I32, count, (-(112 << 23) + 0xFFF) & 0xFFFFFFFF)), odd),
+            fill(I32, count, 13),
         )
         shifted = self.b.fadd(self.b.bitcast(body, vec(F32, count)), fill(F32, count, 0.5))
         small = self.b.sub(self.b.bitcast(shifted, vec(I32, count)), fill(I32, count, 0x3F000000))
@@ -314,13 +315,19 @@ class Vectors:
         count = x.type.count
         x = self.fmax(self.fmin(x, fill(F32, count, 88.0)), fill(F32, count, -87.3))
         scaled = self.b.fmul(x, fill(F32, count, 1.4426950408889634))
-        whole = self.call(f"llvm.rint.v{count}f32", x.type, scaled) if self.target.variant != "plain" else self._rint(scaled)
+        whole = (
+            self.call(f"llvm.rint.v{count}f32", x.type, scaled)
+            if self.target.variant != "plain"
+            else self._rint(scaled)
+        )
         rest = self.fma(whole, fill(F32, count, -0.693145751953125), x)
         rest = self.fma(whole, fill(F32, count, -1.428606765330187e-06), rest)
         result = fill(F32, count, 1.0 / 720)
         for k in (1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
             result = self.fma(result, rest, fill(F32, count, k))
-        power = self.b.shl(self.b.add(self.b.fptosi(whole, vec(I32, count)), fill(I32, count, 127)), fill(I32, count, 23))
+        power = self.b.shl(
+            self.b.add(self.b.fptosi(whole, vec(I32, count)), fill(I32, count, 127)), fill(I32, count, 23)
+        )
         return self.b.fmul(result, self.b.bitcast(power, x.type))
 
     def _rint(self, x):
@@ -338,7 +345,9 @@ class Vectors:
         if self.target.wide:
             return self.call("llvm.x86.avx512.pshuf.b.512", index.type, lanes, index)
         if self.target.variant != "plain":
-            return self._by_parts(lambda t, i: self.call("llvm.x86.avx2.pshuf.b", t.type, t, i), 32, lanes, index)
+            return self._by_parts(
+                lambda t, i: self.call("llvm.x86.avx2.pshuf.b", t.type, t, i), 32, lanes, index
+            )
         result = fill(I8, count, table[0] & 0xFF)
         for k in range(1, 16):
             hit = self.b.icmp_unsigned("==", index, fill(I8, count, k))
@@ -352,13 +361,17 @@ class Vectors:
         return self.join(parts)
 
     def dot4(self, total, u, s, wide=False):
-        """total + the sums of four products u*s in each i32 lane; u unsigned bytes (up to 127 unless wide), s signed."""
+        """total + the sums of four products u*s in each i32 lane; u unsigned bytes (to 127 unless wide), s signed."""
         lanes = total.type.count
         if self.target.variant == "avx512vnni" and lanes == 16:
             return self.call("llvm.x86.avx512.vpdpbusd.512", total.type, total, u, s)
         if self.target.vnni:
-            low = self.call("llvm.x86.avx512.vpdpbusd.256", vec(I32, 8), *(self.halves(v)[0] for v in (total, u, s)))
-            high = self.call("llvm.x86.avx512.vpdpbusd.256", vec(I32, 8), *(self.halves(v)[1] for v in (total, u, s)))
+            low = self.call(
+                "llvm.x86.avx512.vpdpbusd.256", vec(I32, 8), *(self.halves(v)[0] for v in (total, u, s))
+            )
+            high = self.call(
+                "llvm.x86.avx512.vpdpbusd.256", vec(I32, 8), *(self.halves(v)[1] for v in (total, u, s))
+            )
             return self.join([low, high])
         if self.target.variant == "plain":
             return self.b.add(total, self._dot4_plain(u, s))
