@@ -22,18 +22,10 @@ from cmr.sequence import Part, Request, Sequence, Step
 PROMPT = list(range(1, 17))
 
 
-class Observer:
-    """Looks at everything that the loop shows, and does nothing."""
+class Tokens:
+    """Looks at every step, row of logits and token, and does nothing."""
 
     exact = True
-
-    @hookimpl
-    def on_attention(self, seq, layer, q, cache):
-        pass
-
-    @hookimpl
-    def on_layer(self, step, layer, hidden):
-        pass
 
     @hookimpl
     def on_logits(self, seq, draft, logits):
@@ -45,6 +37,18 @@ class Observer:
 
     @hookimpl
     def on_step(self, step):
+        pass
+
+
+class Layers(Tokens):
+    """Looks into every layer too."""
+
+    @hookimpl
+    def on_attention(self, seq, layer, q, cache):
+        pass
+
+    @hookimpl
+    def on_layer(self, step, layer, hidden):
         pass
 
 
@@ -68,9 +72,9 @@ def bare(model: Model, count: int) -> Callable[[], list[int]]:
     return loop
 
 
-def hooked(model: Model, count: int, observers: int) -> Callable[[], list[int]]:
+def hooked(model: Model, count: int, observers: int, base: type = Tokens) -> Callable[[], list[int]]:
     """Return a session's loop with so many observing plugins."""
-    kinds = [type(f"Observer{'ABCDEFGH'[i]}", (Observer,), {}) for i in range(observers)]
+    kinds = [type(f"Observer{'ABCDEFGH'[i]}", (base,), {}) for i in range(observers)]
     session = Session.open(model, [kind() for kind in kinds])
     request = Request(PROMPT, count, SamplerSettings(temp=0.0), ignore_eos=True)
     return lambda: list(session.generate(request))
@@ -88,7 +92,9 @@ def main() -> None:
     clock = thread_time if args.cpu else perf_counter
     model = cmr.open_model(args.model, threads=args.threads)
     loops = {"bare": bare(model, args.tokens)}
-    loops |= {f"{n} observers": hooked(model, args.tokens, n) for n in (0, 1, 3)}
+    loops["empty plan"] = hooked(model, args.tokens, 0)
+    loops["3 see tokens"] = hooked(model, args.tokens, 3)
+    loops["3 see layers"] = hooked(model, args.tokens, 3, Layers)
     times: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop()
@@ -100,7 +106,7 @@ def main() -> None:
     for name, found in times.items():
         ratios = [ours / plain - 1 for ours, plain in zip(found, times["bare"])]
         print(
-            f"{name:12} {statistics.median(found):8.1f} us a token  {100 * statistics.median(ratios):+6.2f} %"
+            f"{name:13} {statistics.median(found):8.1f} us a token  {100 * statistics.median(ratios):+6.2f} %"
         )
 
 

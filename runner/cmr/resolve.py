@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
-import numpy as np
 import pluggy
 
 from cmr import hookspecs
 from cmr.arena import arena_bytes
 from cmr.blame import Blame
+from cmr.calls import ATTEND, guarded_attend, guarded_on_layer, reordered
 from cmr.discovery import declared
 from cmr.errors import ModelError, PluginError
 from cmr.hookspecs import hookimpl
@@ -21,7 +20,6 @@ from cmr.plan import Memory, Plan
 
 BUILT_IN = "built in"
 NEEDS = ("tokenizer", "chat_template")
-ATTEND = ("q", "cache", "q_pos", "out", "prompt")
 
 METHODS = {
     "weight_source": ("acquire", "release"),
@@ -188,7 +186,7 @@ class _Asking:
             whole = replace(answer, scale=answer.scale or own.scale, softcap=answer.softcap or own.softcap)
             return whole.attend
         if callable(answer):
-            return _guarded(answer, owner, layer)
+            return guarded_attend(answer, owner, layer)
         raise PluginError(
             f"{owner} returned {answer!r} from attention for layer {layer}; "
             f"it returns an AttnRule or a function of {', '.join(ATTEND)}"
@@ -233,7 +231,10 @@ class _Asking:
         caller = getattr(self.pm.hook, hook)
         wanted = caller.spec.argnames
         impls = reversed(caller.get_hookimpls())
-        return [(impl.plugin_name, _reordered(impl.function, impl.argnames, wanted)) for impl in impls]
+        calls = [(impl.plugin_name, reordered(impl.function, impl.argnames, wanted)) for impl in impls]
+        if hook == "on_layer":
+            return [(name, guarded_on_layer(call, name)) for name, call in calls]
+        return calls
 
 
 def _check_declarations(name: str, thing: Any, model: Any) -> None:
@@ -268,34 +269,3 @@ def _need_methods(owner: str, hook: str, answer: Any) -> None:
     missing = [name for name in METHODS[hook] if not callable(getattr(answer, name, None))]
     if missing:
         raise PluginError(f"{owner} returned {answer!r} from {hook}, which has no {' and no '.join(missing)}")
-
-
-def _guarded(function: Callable[..., Any], owner: str, layer: int) -> Callable[..., None]:
-    """Call a plugin's attend with the arguments it takes; check and copy what it returns, if it does."""
-    takes = list(signature(function).parameters)
-    unknown = [name for name in takes if name not in ATTEND]
-    if unknown:
-        raise PluginError(f"{owner}: attend has no argument {unknown[0]!r}; there are: {', '.join(ATTEND)}")
-    call, writes = _reordered(function, takes, ATTEND), "out" in takes
-
-    def attend(q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
-        result = call(q, cache, q_pos, out, prompt)
-        if result is None and writes:
-            return
-        shape = np.shape(result)
-        if shape != out.shape or not np.can_cast(np.asarray(result).dtype, out.dtype, "same_kind"):
-            found = f"an array {list(shape)}" if shape else repr(result)
-            raise PluginError(
-                f"{owner}: attend of layer {layer} returned {found}; floats {list(out.shape)} are wanted"
-            )
-        out[...] = result
-
-    return attend
-
-
-def _reordered(function: Callable[..., Any], takes: Any, given: Any) -> Callable[..., Any]:
-    """A function that is given all arguments in order and passes on those that `function` takes."""
-    if tuple(takes) == tuple(given):
-        return function
-    places = [tuple(given).index(name) for name in takes]
-    return lambda *args: function(*[args[i] for i in places])

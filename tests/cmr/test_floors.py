@@ -18,7 +18,7 @@ FLOORS = [
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer"},
     {"weights", "arena", "replay"},
     {"replay"},
-    {"model", "discovery", "blame"},
+    {"model", "discovery", "blame", "calls"},
     {"plan"},
     {"resolve", "fingerprint", "admission", "scheduler", "loop"},
     {"session"},

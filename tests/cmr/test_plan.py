@@ -357,6 +357,13 @@ def test_a_failure_ends_the_sequence_it_concerns_and_no_other():
     assert got[id(requests[1])] == run(max_tokens=12)
 
 
+@pytest.mark.parametrize("junk", [3, "yes", np.ones(2)])
+def test_an_answer_of_on_layer_that_is_no_yes_or_no(junk):
+    with pytest.raises(PluginError, match="mine returned .* from on_layer; it returns True, False or None"):
+        run(owner(on_layer=junk)())
+    assert run(owner(on_layer=lambda self: np.False_)()) == run(owner(on_layer=lambda self: None)()) == run()
+
+
 def test_errors_that_are_no_plugins_keep_their_kind():
     class Bad(ToyModel):
         def forward(self, plan, step):

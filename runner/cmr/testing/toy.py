@@ -106,11 +106,15 @@ class ToyModel:
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self.embed, self.out = matrix(self.n_vocab, dim) * 2, matrix(dim, self.n_vocab) * 2
         self.weights, self.ops = Resident(layers), open_ops("portable")
+        self.metadata: dict[str, Any] = {"general.architecture": "toy"}
+        self.file = self._file(layers)
+
+    def _file(self, layers: list[Any]) -> SimpleNamespace:
+        """What sessions use of an open file."""
         arrays = {"token_embd": self.embed, "output": self.out}
         for index, layer in enumerate(layers):
             arrays |= {f"blk.{index}.{name}": array for name, array in vars(layer).items()}
-        self.metadata: dict[str, Any] = {"general.architecture": "toy"}
-        self.file = SimpleNamespace(
+        return SimpleNamespace(
             nbytes=sum(array.nbytes for array in arrays.values()),
             tensors={f"{name}.weight": _tensor(name, array) for name, array in arrays.items()},
         )
