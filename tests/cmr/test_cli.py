@@ -285,3 +285,24 @@ def test_plugins_are_listed_with_hooks_and_options(tmp_path):
     assert "mine (exact): Do a thing." in listed and "on_step" in listed and "int, default 3" in listed
     assert run("plugins", command="main").returncode == 0
     assert run("plugins", "nope", command="main").returncode == 2
+
+
+def test_warmup_leaves_nothing_to_compile(model):
+    first = run("warmup", model, command="main")
+    assert first.returncode == 0 and first.stdout == ""
+    again = run("warmup", model, command="main")
+    assert again.stderr.startswith("0 kernels compiled")
+    assert "compiling" not in run(model, *STORY).stderr
+
+
+def test_warmup_wants_one_thing():
+    for args in ((), ("--all", "x.gguf")):
+        result = run("warmup", *args, command="main")
+        assert result.returncode == 2
+        assert result.stderr == "cmr warmup: a FILE or --all is needed\n"
+
+
+def test_the_first_run_says_that_it_compiles(model, tmp_path):
+    result = run(model, *STORY, env=ENV | {"CMR_CACHE": str(tmp_path)})
+    assert result.stderr.startswith("compiling kernels for this machine")
+    assert " s of this, once" in result.stderr
