@@ -53,7 +53,9 @@ def features():
     """The names of the vector features that numba may use, the user's restrictions applied."""
     from llvmlite import binding
 
-    wanted = os.environ.get("NUMBA_CPU_FEATURES")
+    # Numba gives its generic processor no features unless they are named.
+    generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
+    wanted = os.environ.get("NUMBA_CPU_FEATURES", "" if generic else None)
     if wanted is not None:
         return {word[1:] for word in wanted.split(",") if word.startswith("+")}
     return {name for name, present in binding.get_host_cpu_features().items() if present}
