@@ -86,7 +86,7 @@ class Budget:
         before = self._state(seq)
         state = self._next(before, token, waiting.pop() if waiting else 0.0)
         seq.notes["budget"] = state
-        self.closed += before.closing == len(self.close_ids) - 1 and not state.thinking
+        self.closed += before.thinking and not state.thinking and self._must_close(before)
         if self.answer is not None and not state.thinking and state.length >= self.answer:
             self.ended += 1
             return "budget"

@@ -25,7 +25,9 @@ GROUP = "cmr.plugins"
 
 BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
+    "batching": "cmr_plugins.batching:Batching",
     "budget": "cmr_plugins.budget:Budget",
+    "prefix-cache": "cmr_plugins.prefix_cache:PrefixCache",
     "stop-loop": "cmr_plugins.stop_loop:StopLoop",
     "telemetry": "cmr_plugins.telemetry:Telemetry",
 }
@@ -102,8 +104,7 @@ def describe(name: str) -> Description:
 
 def hooks_of(thing: Any) -> list[str]:
     """Return the names of the hooks that a plugin or its class implements, in the order of a run."""
-    every = [*hookspecs.PLAN, *hookspecs.REQUEST, *hookspecs.RUNTIME]
-    order = {name: i for i, name in enumerate(every)}
+    order = {name: i for i, name in enumerate(hookspecs.HOOKS)}
     return sorted((name for name in dir(thing) if _marked(thing, name)), key=lambda name: order.get(name, 99))
 
 
@@ -198,9 +199,7 @@ def _registered(chosen: list[tuple[str, Any]]) -> pluggy.PluginManager:
 
 def check_hooks(name: str, thing: Any) -> None:
     """Refuse a plugin without hooks, with an unknown hook or argument, or with a wrapper in the loop."""
-    specs = {
-        hook: getattr(hookspecs, hook) for hook in (*hookspecs.PLAN, *hookspecs.REQUEST, *hookspecs.RUNTIME)
-    }
+    specs = {hook: getattr(hookspecs, hook) for hook in hookspecs.HOOKS}
     hooks = hooks_of(thing)
     if not hooks:
         raise PluginError(f"{name} implements no hook; mark its methods with @cmr.hookimpl")

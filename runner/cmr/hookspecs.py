@@ -120,6 +120,9 @@ def report(session: Any) -> Any:
 
 
 PLAN = ("weight_source", "layer_order", "kv_cache", "attention", "drafter", "scheduler")
-REQUEST = ("start_session", "prepare_request", "answer_request", "restore_prefix", "store_prefix",
-           "finish_request", "report")  # fmt: skip
-RUNTIME = ("on_attention", "on_layer", "on_logits", "on_token", "on_step", "run_idle")
+CALLS = (
+    "start_session", "prepare_request", "answer_request", "restore_prefix",
+    "on_attention", "on_layer", "on_logits", "on_token", "on_step", "run_idle",
+    "store_prefix", "finish_request", "report",
+)  # fmt: skip
+HOOKS = PLAN + CALLS

@@ -83,7 +83,7 @@ def explain(plan: Plan) -> Iterator[str]:
         yield f"{hook:14} {_by_layer(plan.owners[hook])}"
     if len(plan.layers) < len(plan.caches) or list(plan.layers) != sorted(plan.layers):
         yield f"{'layers':14} {', '.join(map(str, plan.layers))}"
-    for hook in (*hookspecs.REQUEST, *hookspecs.RUNTIME):
+    for hook in hookspecs.CALLS:
         if plan.names[hook]:
             yield f"{hook:14} {', '.join(plan.names[hook])}"
     memory = plan.memory

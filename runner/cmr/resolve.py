@@ -96,7 +96,7 @@ class _Asking:
         evidence = self._evidence(layers, samples)
         if drafter is not None:
             self._need_rollback(layers, samples)
-        runtime = {hook: self._calls(hook) for hook in (*hookspecs.REQUEST, *hookspecs.RUNTIME)}
+        runtime = {hook: self._calls(hook) for hook in hookspecs.CALLS}
         kv_token = sum(samples[layer].token_bytes for layer in layers)
         resident = getattr(weights, "resident_bytes", self.model.file.nbytes)
         return Plan(

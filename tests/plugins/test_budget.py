@@ -139,3 +139,12 @@ def test_a_model_without_a_tokenizer_is_refused():
     model.tokenizer = None
     with pytest.raises(PluginError, match="budget needs a tokenizer, and this model has none"):
         Session.open(model, ["budget:think=3"])
+
+
+def test_on_a_model_whose_tag_is_one_token_only_forced_tags_are_counted(shared):
+    import cmr
+
+    model = cmr.open_model(shared / "models" / "stories260K-f32.gguf", device="portable")
+    session = Session.open(model, ["budget:answer=6,closing=..", "stop-loop"])
+    assert len(answer(session, "Once upon a time", max_tokens=20)) == 6
+    assert session.report()["budget"] == {"reasoning_closed": 0, "answers_ended": 1}
