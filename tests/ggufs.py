@@ -150,7 +150,7 @@ def write_split(
 
 
 # Where the float16 scales lie in a block of each format, so that random blocks can have sensible ones.
-_SCALES = {
+SCALES_AT = {
     "Q4_0": [0],
     "Q4_1": [0, 2],
     "Q5_0": [0],
@@ -180,7 +180,7 @@ def random_blocks(
         floats = (rng.standard_normal((rows, k)) * scale).astype(np.float32)
         return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     blocks = rng.integers(0, 256, (n, layout.bytes), np.uint8)
-    for at in _SCALES[layout.name]:
+    for at in SCALES_AT[layout.name]:
         scales = rng.uniform(-scale, scale, n).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(n, 2)
     return blocks.reshape(rows, -1)
