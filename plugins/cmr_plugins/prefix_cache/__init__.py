@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,9 @@ from cmr_plugins.prefix_cache.key import key_name, key_parts
 from cmr_plugins.prefix_cache.layout import Layout
 from cmr_plugins.prefix_cache.store import Store
 from cmr_plugins.prefix_cache.tree import Tree
+from cmr_plugins.sizes import read_size
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-WHOLE = ("empty", "other ")  # reasons that concern no token in particular
+WHOLE = ("empty", "one token", "other ")  # reasons that concern no token in particular
 
 
 @plugin
@@ -28,9 +27,9 @@ class PrefixCache:
     """
 
     exact = True
-    memory: Annotated[int | str, "most bytes of KV in memory, as 1500000000, 512M or 2G"] = "1G"
+    memory: Annotated[int | str, "most bytes of KV in memory, as 1500000000, 512MB or 2GiB"] = "1GB"
     dir: Annotated[Path | None, "a folder to keep KV in for later runs and other processes"] = None
-    disk: Annotated[int | str, "most bytes of files in the folder"] = "8G"
+    disk: Annotated[int | str, "most bytes of files in the folder"] = "8GB"
     block: Annotated[int, "tokens in a block, the unit that is stored and removed"] = 64
 
     def __post_init__(self) -> None:
@@ -127,8 +126,11 @@ class PrefixCache:
 
 
 def _bytes(option: str, value: int | str) -> int:
-    """Read a number of bytes; ValueError says how to write one."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{option} is a number of bytes such as 1500000000, 512M or 2G, not {value!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    """Read a number of bytes, 0 among them; ValueError says how to write one."""
+    try:
+        size = value if isinstance(value, int) else int(read_size(value))
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise ValueError(f"{option} is a number of bytes such as 1500000000, 512MB or 2GiB, not {value!r}")
+    return size

@@ -56,7 +56,8 @@ class Store:
                 try:
                     data = self.folder.read(node, len(node.tokens) * self.layout.token_bytes)
                 except Damage as damage:
-                    self.tree.drop(node, str(damage))
+                    for doubtful in nodes[len(blocks) :]:  # all behind are computed anyway and written anew
+                        self._gone(doubtful.name, str(damage))
                     return blocks, str(damage)
                 self.tree.hold(node, data, using)
             blocks.append(data)
@@ -86,12 +87,12 @@ class Store:
         for name in gone:
             self._gone(name)
 
-    def _gone(self, name: bytes) -> None:
+    def _gone(self, name: bytes, why: str = "evicted") -> None:
         node = self.tree.nodes.get(name)
         if node is not None:
             node.on_disk = False
             if node.data is None:
-                self.tree.drop(node, "evicted")
+                self.tree.drop(node, why)
 
     # -- storing --
 
