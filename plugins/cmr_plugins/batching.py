@@ -10,33 +10,39 @@ from typing import Annotated, Any
 from cmr import hookimpl, plugin
 from cmr_plugins.sizes import read_size
 
-STAY = 0.5  # what running counts, in steps of priority: sequences of one rank do not change places all the time
+STAY = 0.5  # what running counts, in steps of priority, so that equals do not change places all the time
+TURN_TOKENS = 4  # a turn gives at least so many, or preempting by turns would lead nowhere
 BLOCK = 64  # caches grow by half, rounded up to so many slots
 DRAFT_ROWS = 8  # rows kept for the draft of a generating sequence, where something drafts
 
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A sequence's place: since when it waits or runs, and until when it keeps the rank that it waited for."""
+    """A sequence's place: since when it waits; while it runs, the rank that it came with and its turn's end."""
 
     seq: Any
     order: int
     since: float
     runs: bool = False
-    until: float = 0.0
     level: float = 0.0
+    until: float = 0.0
+    tokens: int = 0
 
     def rank(self, now: float, age: float) -> float:
-        """Its priority, raised by one for each `age` seconds that it waits, or that it waited for its turn."""
+        """Its priority, raised by one for each `age` seconds of waiting; in a turn the rank it came with."""
         priority = float(self.seq.request.priority)
-        if self.runs:
-            return STAY + (max(self.level, priority) if now < self.until else priority)
-        return priority + (now - self.since) / age
+        if not self.runs:
+            return priority + (now - self.since) / age
+        return STAY + (max(self.level, priority) if self.in_turn(now) else priority)
+
+    def in_turn(self, now: float) -> bool:
+        """Whether it runs and has had too little yet: time, or tokens, which a preempted one first works for."""
+        return self.runs and (now < self.until or self.seq.n_new < self.tokens)
 
     def begin(self, now: float, age: float) -> None:
-        """Let it run, for one turn at the rank that it has now."""
-        self.level, self.until = self.rank(now, age), now + age
-        self.runs, self.since = True, now
+        """Let it run, at first for a turn of `age` seconds."""
+        self.level, self.until, self.tokens = self.rank(now, age), now + age, self.seq.n_new + TURN_TOKENS
+        self.runs = True
 
     def pause(self, now: float) -> None:
         """Let it wait; its KV stays."""
@@ -50,12 +56,16 @@ class Batching:
     exact = True
     width: Annotated[int, "most sequences in a step"] = 8
     tokens: Annotated[int, "most rows in a step, prompts and drafts included"] = 512
-    kv: Annotated[str | None, "most KV of all sequences, like 2GB; beyond it the lowest rank is preempted"] = None
+    kv: Annotated[
+        str | None, "most KV of all sequences, like 2GB; beyond it the lowest rank is preempted"
+    ] = None
     age: Annotated[float, "seconds of waiting that count as much as one step of priority"] = 5.0
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.tokens < self.width:
-            raise ValueError(f"width is at least 1 and tokens at least width, not {self.width} and {self.tokens}")
+            raise ValueError(
+                f"width is at least 1 and tokens at least width, not {self.width} and {self.tokens}"
+            )
         if not self.age > 0:
             raise ValueError(f"age is more than 0 seconds, not {self.age}")
         self.limit = None if self.kv is None else read_size(self.kv)
@@ -100,7 +110,7 @@ class Batching:
     def pick(self) -> list[tuple[Any, int]]:
         """Return the sequences to advance, by rank; those that only generate first, the rest with the rows left."""
         now = self.clock()
-        ranked = sorted(self.entries.values(), key=lambda e: (-e.rank(now, self.age), not e.runs, e.order))
+        ranked = self._ranked(now)
         chosen = ranked[: self.width] if self.limit is None else self._within_limit(ranked)
         for entry in ranked[len(chosen) :]:
             if entry.runs:
@@ -121,6 +131,17 @@ class Batching:
             "preempted": self.preempted,
             "most_kv_bytes": self.most,
         }
+
+    def _ranked(self, now: float) -> list[Entry]:
+        """All by rank; a turn is cut short by a higher priority, not by waiting."""
+        waiting = [entry.seq.request.priority for entry in self.entries.values() if not entry.runs]
+        highest = max(waiting, default=0)
+
+        def place(entry: Entry) -> tuple[bool, float, bool, int]:
+            keeps = entry.in_turn(now) and (not waiting or entry.level >= highest)
+            return not keeps, -entry.rank(now, self.age), not entry.runs, entry.order
+
+        return sorted(self.entries.values(), key=place)
 
     def _rows(self, chosen: list[Entry]) -> list[tuple[Any, int]]:
         """Divide the rows of a step: each generating sequence its one (and a draft), by rank what is left."""

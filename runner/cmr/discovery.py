@@ -27,6 +27,7 @@ BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
     "batching": "cmr_plugins.batching:Batching",
     "budget": "cmr_plugins.budget:Budget",
+    "layer-stream": "cmr_plugins.layer_stream:LayerStream",
     "prefix-cache": "cmr_plugins.prefix_cache:PrefixCache",
     "stop-loop": "cmr_plugins.stop_loop:StopLoop",
     "telemetry": "cmr_plugins.telemetry:Telemetry",
