@@ -124,7 +124,9 @@ def records(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fields_of(record: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The fields of quantized rows: q int8 [n, columns]; d, s32, s16 float32 [n, columns / 32 or 16]."""
     steps = np.ascontiguousarray(record).reshape(len(record), -1, product.RECORD)
-    fields = [steps[..., : product.STEP].view(np.int8)]
+    # Stored by parity of the group of 32, half of the group, group; read by group, parity, half.
+    stored = steps[..., : product.STEP].view(np.int8).reshape(len(record), -1, 2, 2, 4, 16)
+    fields = [stored.transpose(0, 1, 4, 2, 3, 5)]
     for start, each in ((product.D, 32), (product.S32, 32), (product.S16, 16)):
         fields.append(steps[..., start : start + 4 * product.STEP // each].view(np.float32))
     return tuple(field.reshape(len(record), -1) for field in fields)

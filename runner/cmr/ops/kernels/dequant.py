@@ -13,7 +13,7 @@ from functools import cache
 from cmr.quants import format_of
 
 from .emit import compile_kernel, emitter
-from .formats import FLOATS, LAYOUTS, STEP, load_floats
+from .formats import FLOATS, LAYOUTS, STEP, load_floats, place
 from .vector import F32, I32, fill, vec
 
 
@@ -76,7 +76,8 @@ def _decode(v, layout, source, target):
     block = layout.unpack(v, source)
     scales, minima = block.scales(v), None if block.offset is not None else block.minima(v)
     for k in range(STEP // 16):
-        u = v.part(block.bytes[k // 4], 16 * (k % 4), 16)
+        vector, lane = place(k // 2, k % 2)
+        u = v.part(block.bytes[vector], 16 * lane, 16)
         value = v.to_float(v.b.zext(u, vec(I32, 16)))
         lanes = [16 * k // layout.sub] * 16
         if minima is None:

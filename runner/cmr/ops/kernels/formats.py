@@ -18,7 +18,10 @@ STEP = 256
 
 @dataclass(frozen=True)
 class Block:
-    """256 weights: four vectors of 64 unsigned bytes, a float32 vector of scales, and an offset or minima.
+    """256 weights: four vectors of 64 unsigned bytes in canonical order, float32 scales, and an offset or minima.
+
+    Canonical order (see `place`): vectors 0 and 1 hold the first and second halves of the sub-blocks 0, 2, 4, 6 of 32
+    weights, vectors 2 and 3 those of 1, 3, 5, 7, so that the integer sums of two vectors add up under one scale a lane.
 
     `scale` has a lane for each of 8 or 16 sub-blocks. Minima of 8 sub-blocks follow in its lanes 8 to 15; those of 16
     are `lows`.
@@ -64,49 +67,59 @@ class Layout:
         return 16 if self.paired else 256 // self.sub
 
 
+def place(s, half):
+    """Where 16 weights stand in canonical order: the vector and the 16-byte lane of half a sub-block of 32."""
+    return 2 * (s % 2) + half, s // 2
+
+
 def _floats(v, x, signed=False):
     """Small integers of any width as float32."""
     wide = vec(I32, x.type.count)
     return v.to_float(v.b.sext(x, wide) if signed else v.b.zext(x, wide))
 
 
-def _pair(v, low, high):
-    """Two 16-byte vectors as [low low high high], 64 bytes."""
-    return v.shuffle(low, high, [*range(16), *range(16), *range(16, 32), *range(16, 32)])
+def _lanes(v, x, order):
+    """16-byte lanes of one vector, or of a pair joined, in another order: 64 bytes."""
+    x = x if len(x) == 2 else (x[0], None)
+    return v.shuffle(*x, [16 * lane + byte for lane in order for byte in range(16)])
 
 
-def _twice(v, x):
-    """32 bytes twice."""
-    return v.shuffle(x, None, [*range(32), *range(32)])
+def _shift(v, x, counts):
+    """Shift the 32-bit words of four 16-byte lanes right by a count each (left where negative); mask afterwards."""
+    words = v.cast(x, I32, 16)
+    if min(counts) >= 0:
+        by = const(I32, [count for count in counts for _ in range(4)])
+        return v.cast(v.b.lshr(words, by), I8, 64)
+    by = const(I32, [-count % 32 for count in counts for _ in range(4)])
+    return v.cast(v.call("llvm.fshl.v16i32", words.type, words, words, by), I8, 64)
 
 
-def _shift(v, x, counts, left=False):
-    """Shift 16-bit words by a count for each run of equal length; bits cross bytes, so mask afterwards."""
-    words = v.cast(x, I16, 32)
-    run = 32 // len(counts)
-    by = const(I16, [count for count in counts for _ in range(run)])
-    return v.cast(v.b.shl(words, by) if left else v.b.lshr(words, by), I8, 64)
-
-
-def _nibbles(v, x, runs):
-    """Low nibbles in even runs, high ones in odd runs."""
-    return v.b.and_(_shift(v, x, [0, 4] * (runs // 2)), fill(I8, 64, 15))
+def _nibbles(v, x):
+    """The low and the high nibbles of 64 bytes."""
+    low = fill(I8, 64, 15)
+    return v.b.and_(x, low), v.b.and_(_shift(v, x, [4] * 4), low)
 
 
 def _nibble_blocks(v, w, size, start):
     """The 4-bit values of eight 32-weight blocks, low nibbles first within a block."""
-    loads = [v.load(v.add(w, size * k + start), I8, 16) for k in range(8)]
-    return [_nibbles(v, _pair(v, loads[2 * j], loads[2 * j + 1]), 4) for j in range(4)]
+    out = []
+    for odd in (0, 1):
+        loads = [v.load(v.add(w, size * k + start), I8, 16) for k in range(odd, 8, 2)]
+        out += _nibbles(v, v.join(loads))
+    return out
 
 
 def _with_fifth_bit(v, w, size, start, nibbles):
     """Add 16 where the block's 32-bit mask has a one."""
     out = []
-    for j in range(4):
-        masks = [v.b.zext(v.load(v.add(w, size * (2 * j + k) + start), I32), I64) for k in (0, 1)]
-        both = v.b.or_(masks[0], v.b.shl(masks[1], I64(32)))
-        bits = v.b.bitcast(both, vec(ir.IntType(1), 64))
-        out.append(v.b.select(bits, v.b.or_(nibbles[j], fill(I8, 64, 16)), nibbles[j]))
+    for k, x in enumerate(nibbles):
+        odd, half = divmod(k, 2)
+        halves = [v.load(v.add(w, size * (2 * i + odd) + start + 2 * half), I16) for i in range(4)]
+        mask = v.b.zext(halves[0], I64)
+        for i, part in enumerate(halves[1:], 1):
+            mask = v.b.or_(mask, v.b.shl(v.b.zext(part, I64), I64(16 * i)))
+        bits = v.b.bitcast(mask, vec(ir.IntType(1), 64))
+        out.append(v.b.select(bits, v.b.or_(x, fill(I8, 64, 16)), x))
     return out
 
 
@@ -145,9 +158,12 @@ def _q5_1(v, w):
 def _q8_0(v, w):
     d = _scales(v, w, 34)
     u = []
-    for j in range(4):
-        pair = [v.load(v.add(w, 34 * (2 * j + k) + 2), I8, 32) for k in (0, 1)]
-        u.append(v.b.xor(v.join(pair), fill(I8, 64, 0x80)))
+    for odd in (0, 1):
+        pairs = [[v.load(v.add(w, 34 * (2 * i + odd) + 2), I8, 32) for i in (k, k + 1)] for k in (0, 2)]
+        both = [v.join(pair) for pair in pairs]
+        for half in (0, 1):
+            lanes = _lanes(v, both, [half, 2 + half, 4 + half, 6 + half])
+            u.append(v.b.xor(lanes, fill(I8, 64, 0x80)))
     return Block(u, d, -128.0, wide=True)
 
 
@@ -193,32 +209,52 @@ def _k_scales(v, w):
     return v.b.fmul(factors, _floats(v, _six_bit_scales(v, w)))
 
 
+def _k_nibbles(v, w):
+    """The 4-bit values of Q4_K and Q5_K: 128 bytes, low nibbles of 32 bytes before their high ones."""
+    raw = [v.load(v.add(w, 64 * k), I8, 64) for k in (0, 1)]
+    first, second = (_nibbles(v, _lanes(v, raw, [half, 2 + half, 4 + half, 6 + half])) for half in (0, 1))
+    return [first[0], second[0], first[1], second[1]]
+
+
 def _q4_k(v, w):
-    u = [_nibbles(v, _twice(v, v.load(v.add(w, 16 + 32 * j), I8, 32)), 2) for j in range(4)]
-    return Block(u, _k_scales(v, w))
+    return Block(_k_nibbles(v, v.add(w, 16)), _k_scales(v, w))
+
+
+def _with_bit(v, values, data, bits, weight):
+    """Add `weight` to the bytes of 16-byte lanes whose mask bytes have the lane's bit."""
+    chosen = const(I8, [(1 << bit) & 0xFF for bit in bits for _ in range(16)])
+    hit = v.b.icmp_unsigned("!=", v.b.and_(data, chosen), fill(I8, 64, 0))
+    return v.b.select(hit, v.b.or_(values, fill(I8, 64, weight)), values)
+
+
+def _four_times(v, address):
+    """16 bytes four times."""
+    return _lanes(v, (v.load(address, I8, 16),), [0] * 4)
 
 
 def _q5_k(v, w):
-    fifth = _twice(v, v.load(v.add(w, 16), I8, 32))
+    fifth = [_four_times(v, v.add(w, 16 + 16 * half)) for half in (0, 1)]
     u = []
-    for j in range(4):
-        low = _nibbles(v, _twice(v, v.load(v.add(w, 48 + 32 * j), I8, 32)), 2)
-        bit = const(I8, [1 << (2 * j)] * 32 + [(2 << (2 * j)) & 0xFF] * 32)
-        hit = v.b.icmp_unsigned("!=", v.b.and_(fifth, bit), fill(I8, 64, 0))
-        u.append(v.b.select(hit, v.b.or_(low, fill(I8, 64, 16)), low))
+    for k, low in enumerate(_k_nibbles(v, v.add(w, 48))):
+        odd, half = divmod(k, 2)
+        u.append(_with_bit(v, low, fifth[half], range(odd, 8, 2), 16))
     return Block(u, _k_scales(v, w))
 
 
+def _twice_two(v, w, offsets):
+    """16 bytes at each of two places, twice each."""
+    loads = [v.load(v.add(w, offset), I8, 16) for offset in offsets]
+    return v.shuffle(*loads, [16 * k + byte for k in (0, 0, 1, 1) for byte in range(16)])
+
+
 def _q6_k(v, w):
+    top = [_twice_two(v, w, (128 + 16 * half, 160 + 16 * half)) for half in (0, 1)]
     u = []
-    for n in (0, 1):
-        low = v.load(v.add(w, 64 * n), I8, 64)
-        high = _twice(v, v.load(v.add(w, 128 + 32 * n), I8, 32))
-        top = fill(I8, 64, 0x30)
-        first = v.b.and_(_shift(v, high, [4, 2], left=True), top)
-        second = v.b.and_(_shift(v, high, [0, 2]), top)
-        u.append(v.b.or_(v.b.and_(low, fill(I8, 64, 15)), first))
-        u.append(v.b.or_(v.b.and_(_shift(v, low, [4]), fill(I8, 64, 15)), second))
+    for k in range(4):
+        odd, half = divmod(k, 2)
+        low = _shift(v, _twice_two(v, w, (16 * k, 64 + 16 * k)), [0, 4, 0, 4])
+        high = _shift(v, top[half], [-4 + 2 * odd, 2 * odd] * 2)
+        u.append(v.b.or_(v.b.and_(low, fill(I8, 64, 15)), v.b.and_(high, fill(I8, 64, 0x30))))
     d = v.splat(v.half(v.add(w, 208)), 16)
     scale = v.b.fmul(d, _floats(v, v.load(v.add(w, 192), I8, 16), signed=True))
     return Block(u, scale, -32.0)
@@ -226,12 +262,9 @@ def _q6_k(v, w):
 
 def _two_bits(v, w):
     """2-bit values of Q2_K and Q3_K: 64 bytes, four shifts of 32 bytes for each half."""
-    u = []
-    for j in range(4):
-        x = _twice(v, v.load(v.add(w, 32 * (j // 2)), I8, 32))
-        shifts = [0, 2] if j % 2 == 0 else [4, 6]
-        u.append(v.b.and_(_shift(v, x, shifts), fill(I8, 64, 3)))
-    return u
+    raw = [_twice_two(v, w, (16 * half, 32 + 16 * half)) for half in (0, 1)]
+    shifts = [[2 * odd, 2 * odd + 4] * 2 for odd in (0, 1)]
+    return [v.b.and_(_shift(v, raw[k % 2], shifts[k // 2]), fill(I8, 64, 3)) for k in range(4)]
 
 
 def _q2_k(v, w):
@@ -244,12 +277,11 @@ def _q2_k(v, w):
 
 
 def _q3_k(v, w):
-    mask = _twice(v, v.load(w, I8, 32))
+    mask = [_four_times(v, v.add(w, 16 * half)) for half in (0, 1)]
     u = []
-    for j, low in enumerate(_two_bits(v, v.add(w, 32))):
-        bit = const(I8, [1 << (2 * j)] * 32 + [(2 << (2 * j)) & 0xFF] * 32)
-        hit = v.b.icmp_unsigned("!=", v.b.and_(mask, bit), fill(I8, 64, 0))
-        u.append(v.b.select(hit, v.b.or_(low, fill(I8, 64, 4)), low))
+    for k, low in enumerate(_two_bits(v, v.add(w, 32))):
+        odd, half = divmod(k, 2)
+        u.append(_with_bit(v, low, mask[half], range(odd, 8, 2), 4))
     words = [v.load(v.add(w, 96 + 4 * k), I32) for k in range(3)]
     four, two = I32(0x0F0F0F0F), I32(0x03030303)
     packed = fill(I32, 4, 0)

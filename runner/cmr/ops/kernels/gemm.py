@@ -127,12 +127,14 @@ def panel(v, args, sub):
     """Turn 16 unpacked rows of 256 weights into sub-blocks whose lanes are rows: bytes, scales, minima."""
     rows, target = args[:2]
     sub = int(sub)
-    words, count, size = sub // 4, STEP // sub, 16 * sub + 128
-    with v.loop(0, 4) as j:
-        loads = [v.load(v.add(rows, STEP * i, v.mul(j, 64)), I32, 16) for i in range(16)]
-        there = v.add(target, v.mul(j, 16 // words * size))
-        for k, column in enumerate(v.transpose16(loads)):
-            v.store(v.add(there, k // words * size + 64 * (k % words)), column)
+    count, size = STEP // sub, 16 * sub + 128
+    with v.loop(0, 4) as k:
+        loads = [v.load(v.add(rows, STEP * i, v.mul(k, 64)), I32, 16) for i in range(16)]
+        odd, half = v.b.lshr(k, v.i(1)), v.b.and_(k, v.i(1))
+        there = v.add(target, v.mul(odd, 32 // sub * size), v.mul(half, 256 if sub == 32 else size))
+        for word, column in enumerate(v.transpose16(loads)):
+            pair, inner = divmod(word, 4)
+            v.store(v.add(there, 2 * pair * (32 // sub) * size + 64 * inner), column)
     scales = v.add(rows, 16 * STEP)
     with v.loop(0, 2 * count // 16) as half:
         loads = [v.load(v.add(scales, 128 * i, v.mul(half, 64)), F32, 16) for i in range(16)]
@@ -178,7 +180,10 @@ def tile(v, args, sub, wide):
 
 def _sub_block(v, sub, wide, accs, records, inner, block, stride):
     """Add one sub-block of the panel, from column `inner` of 256 on, to the sums of every token."""
-    ints = _integer_dots(v, sub, [v.add(record, inner) for record in records], block, stride, wide)
+    s = v.b.lshr(inner, v.i(5))
+    at = v.add(v.mul(v.b.and_(s, v.i(1)), 128), v.mul(v.b.lshr(s, v.i(1)), 16))
+    at = v.add(at, v.mul(v.b.and_(v.b.lshr(inner, v.i(4)), v.i(1)), 64))
+    ints = _integer_dots(v, sub, [v.add(record, at) for record in records], block, stride, wide)
     scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
     minimum = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
     d_at = v.add(v.mul(v.b.lshr(inner, v.i(5)), 4), D)
@@ -197,7 +202,7 @@ def _integer_dots(v, sub, xs, block, stride, wide):
     for k in range(sub // 4):
         weights = [v.load(v.add(block, g * stride + 64 * k), I8, 64) for g in range(GROUPS)]
         for t, x in enumerate(xs):
-            four = v.cast(v.splat(v.load(v.add(x, 4 * k), I32), 16), I8, 64)
+            four = v.cast(v.splat(v.load(v.add(x, 64 * (k // 4) + 4 * (k % 4)), I32), 16), I8, 64)
             ints[t] = [v.dot4(ints[t][g], weights[g], four, wide) for g in range(GROUPS)]
     return ints
 

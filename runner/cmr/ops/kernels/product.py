@@ -3,7 +3,7 @@
 Quantized weights meet activations quantized to int8 in groups of 32; a token's record has, for each 256 activations
 (zero past the last),
 
-    int8 q[256] | float32 d[8] | float32 s32[8] | float32 s16[16]
+    int8 q[256] in the canonical order of formats.py | float32 d[8] | float32 s32[8] | float32 s16[16]
 
 with x = d*q, and s32, s16 the sums of d*q over 32 and 16 activations. Float weights meet float32 activations.
 Arguments of both: w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n, scratch (strides in bytes; y is
@@ -24,10 +24,11 @@ def record_bytes(columns):
     return (columns + STEP - 1) // STEP * RECORD
 
 
-def _spread(v, scale, count, j):
-    """The scales of 64 weights (of 8 or 16 sub-blocks in 256), one for each lane of four weights."""
-    each = 64 // count
-    return v.shuffle(scale, None, [j * (count // 4) + lane // each for lane in range(16)])
+def _spread(v, scale, count, k):
+    """The scales of vector k's 64 weights (of 8 or 16 sub-blocks in 256), one for each lane of four weights."""
+    odd, half = divmod(k, 2)
+    subs = [2 * i + odd for i in range(4)] if count == 8 else [2 * (2 * i + odd) + half for i in range(4)]
+    return v.shuffle(scale, None, [sub for sub in subs for _ in range(4)])
 
 
 def _scaled(v, layout, block, correction, record):
@@ -52,11 +53,17 @@ def _quant_step(v, layout, accs, w, records):
     count = STEP // layout.sub
     for (main, correction), record in zip(accs, records):
         scale = _scaled(v, layout, block, correction, record)
-        for j in range(4):
-            x = v.load(v.add(record, 64 * j), I8, 64)
-            dots = v.dot4(fill(I32, 16, 0), block.bytes[j], x, block.wide)
-            slot = main[j % len(main)]
-            v.set(slot, v.fma(v.to_float(dots), _spread(v, scale, count, j), v.get(slot)))
+        x = [v.load(v.add(record, 64 * k), I8, 64) for k in range(4)]
+        zero = fill(I32, 16, 0)
+        for odd in (0, 1):
+            slot = main[odd % len(main)]
+            first = v.dot4(zero, block.bytes[2 * odd], x[2 * odd], block.wide)
+            if count == 8:
+                first = v.dot4(first, block.bytes[2 * odd + 1], x[2 * odd + 1], block.wide)
+            v.set(slot, v.fma(v.to_float(first), _spread(v, scale, count, 2 * odd), v.get(slot)))
+            if count == 16:
+                second = v.dot4(zero, block.bytes[2 * odd + 1], x[2 * odd + 1], block.wide)
+                v.set(slot, v.fma(v.to_float(second), _spread(v, scale, count, 2 * odd + 1), v.get(slot)))
     return block
 
 

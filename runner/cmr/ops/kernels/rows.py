@@ -107,7 +107,11 @@ def quantize(v, args):
         whole = v.b.fptosi(v.rint(v.b.fmul(values, v.splat(inverse, 32))), vec(I32, 32))
         there = v.add(record, v.mul(v.b.lshr(at, v.i(8)), RECORD))
         inner = v.b.and_(at, v.i(STEP - 1))
-        v.store(v.add(there, inner), v.b.trunc(whole, vec(I8, 32)))
+        bytes_ = v.b.trunc(whole, vec(I8, 32))
+        s = v.b.lshr(inner, v.i(5))
+        first = v.add(there, v.mul(v.b.and_(s, v.i(1)), 128), v.mul(v.b.lshr(s, v.i(1)), 16))
+        for half in (0, 1):
+            v.store(v.add(first, 64 * half), v.part(bytes_, 16 * half, 16))
         sums = [v.b.sitofp(v.reduce(v.part(whole, 16 * k, 16), v.b.add), F32) for k in (0, 1)]
         place = v.add(there, v.b.lshr(inner, v.i(3)))
         v.store(v.add(place, D), d, 4)
