@@ -17,7 +17,7 @@ from tools.train.vocabulary import Vocabulary, train_vocabulary
 
 PLANS = {
     "tiny": Plan(),
-    "nano": Plan(steps=1000, decay=400, growth=((0.0, 1.0),), stages=((0.0, 256), (0.8, 512))),
+    "nano": Plan(steps=240, decay=120, growth=((0.0, 1.0),), stages=((0.0, 256), (0.9, 512))),
     "test": Plan(steps=4, decay=2, batch=128),
 }
 

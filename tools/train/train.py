@@ -21,8 +21,8 @@ from tools.train.optim import optimizers
 class Plan:
     """How long and how fast to train: after a warm-up the rate is constant, then falls over `decay` steps."""
 
-    steps: int = 1100
-    decay: int = 300
+    steps: int = 800
+    decay: int = 200
     warmup: int = 60
     batch: int = 4096
     lr: float = 0.015
@@ -30,8 +30,8 @@ class Plan:
     exit_weight: float = 0.3
     ema: float = 0.99
     seed: int = 0
-    save_every: int = 100
-    stages: tuple = ((0.0, 256), (0.6, 512), (0.85, 1024))
+    save_every: int = 50
+    stages: tuple = ((0.0, 256), (0.8, 512), (0.93, 1024))
     growth: tuple = ((0.0, 0.5), (0.4, 1.0))
 
     def rate(self, step):
