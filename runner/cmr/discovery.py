@@ -29,6 +29,8 @@ BUILTIN = {
     "budget": "cmr_plugins.budget:Budget",
     "layer-stream": "cmr_plugins.layer_stream:LayerStream",
     "prefix-cache": "cmr_plugins.prefix_cache:PrefixCache",
+    "spec-draft": "cmr_plugins.spec_draft:SpecDraft",
+    "spec-lookup": "cmr_plugins.spec_lookup:SpecLookup",
     "stop-loop": "cmr_plugins.stop_loop:StopLoop",
     "telemetry": "cmr_plugins.telemetry:Telemetry",
 }

@@ -1,0 +1,159 @@
+"""What drafts cost and whether they pay: a curve of step times over rows, and an account of what was lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Few depths, so that steps of one shape follow each other and can be replayed; rows in fours read weights once.
+DEPTHS = (1, 3, 7, 15)
+# Seconds of a step with so many rows against one row, until they are measured here.
+GRID = {1: 1.0, 2: 1.3, 4: 2.2, 8: 3.6, 16: 7.0}
+SHARE = 0.015  # of plain speed that drafts may cost where they fail
+CREDIT = 12.0  # plain tokens of earlier gain that may be risked
+SETTLE = 2  # plain steps behind a draft that are slower, because steps of another shape came between
+MEASURE_SECONDS = 0.15
+
+
+class Choice(NamedTuple):
+    """A depth, the speed that it promises against plain, and what it loses (in plain tokens) if all of it fails."""
+
+    depth: int
+    speed: float
+    risk: float
+
+
+class Pace:
+    """Times of steps by rows, and the room (in plain tokens) left for drafts that fail.
+
+    `room` begins at `start`, gains SHARE for each token, gains or loses what drafts gain or lose, and no draft
+    is made whose failure it cannot pay; so drafts cost `start` tokens and SHARE of the time at most.
+    """
+
+    def __init__(self, start: float) -> None:
+        self.room, self.parts, self.settling, self.measured = start, 1, 0, False
+        self.extra = 0.0  # seconds spent on drafting since the last step
+        self.ratios = dict(GRID)
+        self.times: dict[int, deque[float]] = {1: deque(maxlen=8)}
+
+    def measure(self, model: Any, plan: Any) -> None:
+        """Time steps of a few rows through a few layers, with caches of their own; 0.3 s at most, or one layer."""
+        self.measured = True
+        probe = _Probe(model, plan)
+        probe.seconds(1, 1)
+        layer = probe.seconds(1, 1)
+        layers = max(1, min(len(plan.layers), int(MEASURE_SECONDS / (30 * layer + 1e-9))))
+        one, left = min(probe.seconds(1, layers) for _ in range(2)), MEASURE_SECONDS
+        for rows in (2, 4, 8, 16):
+            if 2 * one * self.ratios[rows] > left:
+                return
+            found = min(probe.seconds(rows, layers) for _ in range(2))
+            left -= 2 * found
+            self.ratios[rows] = min(max(1.0, found / one), float(rows))  # more is a disturbance
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known how long a plain step takes."""
+        return len(self.times[1]) > 1 or self.parts > 1
+
+    def plain(self) -> float:
+        """Return the seconds of a plain token: those of a step that gives each sequence one, by sequences."""
+        return self.seconds(self.parts) / self.parts
+
+    def seconds(self, rows: int) -> float:
+        """Return the seconds of a step with so many rows."""
+        seen = self.times.get(rows, ())
+        if len(seen) > 1:
+            return min(seen)
+        one = self.times[1]
+        return self.ratio(rows) * (min(one) if one else 1.0)
+
+    def ratio(self, rows: int) -> float:
+        """Return what so many rows cost against one, between and beyond the measured counts in line."""
+        if rows >= 16:
+            return self.ratios[16] * rows / 16
+        low = max(n for n in self.ratios if n <= rows)
+        high = min(n for n in self.ratios if n >= rows)
+        share = (rows - low) / (high - low) if high > low else 0.0
+        return self.ratios[low] + share * (self.ratios[high] - self.ratios[low])
+
+    def choices(self, chances: Sequence[float], gain: float, each: float = 0.0) -> list[Choice]:
+        """Return the depths worth it, the fastest first.
+
+        `chances` are those that a draft is right up to its 1st, 2nd, ... token, `each` the seconds that a
+        drafted token costs, `gain` the least speed against plain.
+        """
+        parts, found, expected = self.parts, [], 1.0
+        plain, done = self.seconds(parts), 0
+        for depth in DEPTHS:
+            if depth > len(chances):
+                break
+            expected += sum(chances[done:depth])
+            done = depth
+            cost = (self.seconds(parts * (1 + depth)) + parts * depth * each) / plain
+            if expected >= gain * cost:
+                found.append(Choice(depth, expected / cost, parts * (cost - 1)))
+        return sorted(found, key=lambda choice: -choice.speed)
+
+    def on_step(self, step: Any) -> None:
+        """Learn from a step without prompts, and keep the account."""
+        if step.n_prompt:
+            self.extra = 0.0
+            return
+        rows, self.parts = len(step.tokens), len(step.parts)
+        drafted = rows > self.parts
+        if drafted or self.settling or self.extra:
+            self._account(step, rows, drafted)
+        else:
+            self.room = min(CREDIT, self.room + SHARE)
+        seen = self.times.get(rows)
+        if seen is None:
+            seen = self.times[rows] = deque(maxlen=8)
+        seen.append(step.seconds)
+
+    def _account(self, step: Any, rows: int, drafted: bool) -> None:
+        """Add what a step gained or lost; one that was disturbed counts as twice its usual time."""
+        self.settling = SETTLE if drafted else max(0, self.settling - 1)
+        spent, self.extra = self.extra, 0.0
+        if not self.ready:
+            return
+        gained = sum(len(part.accepted) for part in step.parts)
+        spent += min(step.seconds, 2 * self.seconds(rows))
+        room = self.room + (1 + SHARE) * gained - spent / self.plain()
+        self.room = max(-CREDIT, min(CREDIT, room))
+
+
+class _Probe:
+    """Steps of a sequence of its own, without plugins that look on and without logits."""
+
+    def __init__(self, model: Any, plan: Any) -> None:
+        self.model, self.layers = model, plan.layers
+        self.plan = replace(plan, on_attention=(), on_layer=())
+        self.seq = SimpleNamespace(caches=[make() for make in plan.caches], tokens=[0] * 16)
+
+    def seconds(self, rows: int, layers: int) -> float:
+        """Time one step of so many generated rows through the first layers of the plan."""
+        part = rows_of(self.seq, [0] * rows, 0, prompt=False, want=0)
+        plan = replace(self.plan, layers=self.layers[:layers])
+        began = perf_counter()
+        self.model.forward(plan, part)
+        took = perf_counter() - began
+        for cache in self.seq.caches:
+            cache.rollback(0)
+        return took
+
+
+def rows_of(seq: Any, tokens: Sequence[int], start: int, prompt: bool, want: int) -> Any:
+    """Return a step that feeds tokens of one sequence from position `start` on, for Model.forward."""
+    n = len(tokens)
+    ids, pos = np.array(tokens, np.int32), np.arange(start, start + n, dtype=np.int32)
+    part = SimpleNamespace(seq=seq, tokens=ids, pos=pos, draft=[], prompt=prompt, want=want)
+    return SimpleNamespace(
+        parts=[part], tokens=ids, pos=pos, n_prompt=n if prompt else 0, spans=[slice(0, n)], seconds=0.0
+    )
