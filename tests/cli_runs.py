@@ -33,7 +33,7 @@ def run(
     """Run a command to its end; `typed` comes through a pipe."""
     options: dict = {"env": env} | ({"stdin": subprocess.PIPE} if typed is not None else {})
     process = start(*args, command=command, **options)
-    out, err = process.communicate(typed, timeout=300)
+    out, err = process.communicate(typed, timeout=900)
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 

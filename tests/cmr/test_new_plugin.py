@@ -26,7 +26,7 @@ def installed(package, tmp_path_factory):
         pytest.skip("building without the network needs setuptools 70.1 or newer; make test installs it")
     site = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", site, package], check=True, timeout=300)
+    subprocess.run([*pip, "--target", site, package], check=True, timeout=900)
     return ENV | {"PYTHONPATH": os.pathsep.join([ENV["PYTHONPATH"], str(site)])}
 
 
@@ -47,7 +47,7 @@ def test_it_is_found_by_its_name_and_keeps_the_contracts(installed):
 
 def test_its_own_tests_pass(package, installed):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=package, env=installed, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=package, env=installed, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout
 
 
