@@ -51,17 +51,20 @@ class Store:
         using = {node.name for node in nodes}
         self.tree.touch(nodes)
         for node in nodes:
-            data = node.data
-            if data is None and self.folder is not None:
-                try:
-                    data = self.folder.read(node, len(node.tokens) * self.layout.token_bytes)
-                except Damage as damage:
-                    for doubtful in nodes[len(blocks) :]:  # all behind are computed anyway and written anew
-                        self._gone(doubtful.name, str(damage))
-                    return blocks, str(damage)
-                self.tree.hold(node, data, using)
+            try:
+                data = node.data if node.data is not None else self._read(node)
+            except Damage as damage:
+                for doubtful in nodes[len(blocks) :]:  # all behind are computed anyway and written anew
+                    self._gone(doubtful.name, str(damage))
+                return blocks, str(damage)
+            self.tree.hold(node, data, using)
             blocks.append(data)
         return blocks, ""
+
+    def _read(self, node: Node) -> np.ndarray:
+        if self.folder is None:
+            raise Damage("gone")
+        return self.folder.read(node, len(node.tokens) * self.layout.token_bytes)
 
     def _nothing(self) -> str | None:
         """Why nothing at all is known under this key."""
@@ -102,12 +105,11 @@ class Store:
         self._look()
         path = self._path(ids)
         wanted = [(node, at * self.tree.block) for at, node in enumerate(path) if not self._is_kept(node)]
-        blocks: list[np.ndarray] | None = []
-        if wanted:
-            wanted = wanted[: self._capacity()]
-            blocks = self.layout.cut(caches, [(start, start + len(node.tokens)) for node, start in wanted])
-            if blocks is None:
-                return "positions are missing or stored otherwise"
+        wanted = wanted[: self._capacity()]
+        spans = [(start, start + len(node.tokens)) for node, start in wanted]
+        blocks = self.layout.cut(caches, spans) if spans else []
+        if blocks is None:
+            return "positions are missing or stored otherwise"
         self._keep(path, {node.name: data for (node, _), data in zip(wanted, blocks)})
         self._touch([node for node in path if self._is_kept(node)])
         return ""
