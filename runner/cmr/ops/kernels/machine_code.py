@@ -40,14 +40,18 @@ class Kernel:
 def cache_folder() -> Path:
     """Return where compiled kernels of these sources belong: below CMR_CACHE, else the user's cache, else temporary."""
     base = os.environ.get("CMR_CACHE") or os.environ.get("XDG_CACHE_HOME") or _home_cache()
-    return Path(base) / "cmr" / f"kernels-{_fingerprint()}"
+    return (Path(base) / "cmr" if base else _temporary()) / f"kernels-{_fingerprint()}"
 
 
-def _home_cache() -> str:
+def _home_cache() -> str | None:
     if sys.platform == "win32":
-        return os.environ.get("LOCALAPPDATA") or tempfile.gettempdir()
+        return os.environ.get("LOCALAPPDATA")
     home = os.environ.get("HOME")
-    return str(Path(home) / ".cache") if home else tempfile.gettempdir()
+    return str(Path(home) / ".cache") if home else None
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"cmr-{os.getuid() if hasattr(os, 'getuid') else 0}"
 
 
 def _fingerprint() -> str:
@@ -65,16 +69,25 @@ def _fingerprint() -> str:
 @cache
 def _folder() -> Path:
     """The folder in use, made now; a temporary one where the first choice cannot be written."""
-    first = cache_folder()
-    mine = f"cmr-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    for folder in (first, Path(tempfile.gettempdir()) / mine / first.name):
+    first, temporary = cache_folder(), _temporary()
+    for folder in (first, temporary / first.name):
         try:
+            if temporary in folder.parents:
+                temporary.mkdir(mode=0o700, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) and (temporary not in folder.parents or _private(temporary)):
             return folder
-    return first
+    return Path(tempfile.mkdtemp()) if temporary in first.parents else first
+
+
+def _private(folder: Path) -> bool:
+    """Whether nobody else can put files, which would be run as code, into a temporary folder."""
+    if not hasattr(os, "getuid"):
+        return True
+    facts = folder.lstat()
+    return facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 @cache
