@@ -111,7 +111,7 @@ class Batching:
         """Return the sequences to advance, by rank; those that only generate first, the rest with the rows left."""
         now = self.clock()
         ranked = self._ranked(now)
-        chosen = ranked[: self.width] if self.limit is None else self._within_limit(ranked)
+        chosen = ranked[: self.width] if self.limit is None else self._within_limit(ranked, self.limit)
         for entry in ranked[len(chosen) :]:
             if entry.runs:
                 entry.pause(now)
@@ -156,17 +156,17 @@ class Batching:
         # In order of arrival: a step that looks like the one before can be run again as it was recorded.
         return [(entry.seq, rows[entry]) for entry in sorted(rows, key=lambda entry: entry.order)]
 
-    def _within_limit(self, ranked: list[Entry]) -> list[Entry]:
+    def _within_limit(self, ranked: list[Entry], limit: float) -> list[Entry]:
         """The first of the ranked that fit, one at least; the KV of others is freed where it is in the way."""
         held = {entry: sum(cache.nbytes for cache in entry.seq.caches) for entry in ranked}
         needed, count = 0, 0
         for entry in ranked[: self.width]:
             need = self._need(entry.seq, held[entry])
-            if count and needed + need > self.limit:
+            if count and needed + need > limit:
                 break
             needed, count = needed + need, count + 1
         spare = [entry for entry in ranked[count:] if held[entry]]
-        while spare and needed + sum(held[entry] for entry in spare) > self.limit:
+        while spare and needed + sum(held[entry] for entry in spare) > limit:
             lowest = spare.pop()
             lowest.seq.rollback(0)
             held[lowest] = 0

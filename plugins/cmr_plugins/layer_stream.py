@@ -88,7 +88,7 @@ class Source:
         self.kept = self._kept(budget)
         self.kept_bytes = self.fixed + sum(unit.nbytes for unit in self.kept)
         self.order: list[Unit] = []
-        self.ring: Ring | None = None
+        self.ring: Any = None  # a Ring, made when the first unit is wanted
         self._memory: dict[Unit, Memory] = {}
         self._records: dict[tuple[Any, int], Any] = {}
 
