@@ -81,6 +81,20 @@ def test_export_round_trip(tmp_path, vocabulary, texts, kind, tolerance):
     assert (expected - found).abs().max() <= 5 * tolerance * expected.abs().max()
 
 
+def test_start_from_gguf_wants_the_same_vocabulary(tmp_path, vocabulary, texts):
+    run = start(tmp_path / "a", vocabulary, texts)
+    run.train_step()
+    write_gguf(tmp_path / "m.gguf", run.shape, run.model.state_dict(), vocabulary, "f32")
+    again = start(tmp_path / "b", vocabulary, texts)
+    again.start_from(tmp_path / "m.gguf")
+    assert torch.equal(again.model.token_embd, run.model.token_embd)
+    assert again.plan.depth(0, 3) == 3
+    words = " ".join(tasks.WORDS + tasks.NAMES)
+    other = Vocabulary(train_vocabulary([words, "Quite other words make quite another vocabulary."], 448))
+    with pytest.raises(SystemExit, match="another vocabulary"):
+        start(tmp_path / "c", other, texts).start_from(tmp_path / "m.gguf")
+
+
 def test_gguf_says_what_an_engine_needs(tmp_path, vocabulary):
     write_gguf(tmp_path / "m.gguf", SHAPES["test"], Llama(SHAPES["test"]).state_dict(), vocabulary)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields

@@ -70,8 +70,9 @@ def _train(args, run_folder, vocabulary, sources):
     plan = replace(PLANS[args.model], **changes)
     rows = Rows(vocabulary, sources, plan.seed)
     run = Run(run_folder / args.model, SHAPES[args.model], plan, rows, args.device, args.teacher)
-    if not run.resume() and args.start:
+    if args.start:
         run.start_from(args.start)
+    run.resume()
     if not args.no_compile:
         run.compile()
     length = min(256, run.shape.context)
@@ -86,12 +87,18 @@ def prepare(texts, run_folder, size):
     if not model_file.exists() or not token_file.exists():
         sources = read_sources(texts)
         if not model_file.exists():
-            model_file.write_bytes(train_vocabulary(vocabulary_texts(sources), size))
+            model_file.write_bytes(_vocabulary(sources, size))
         encode = Vocabulary(model_file.read_bytes()).encode
         encoded = {name: [np.array(encode(d), np.uint16) for d in docs] for name, docs in sources.items()}
         np.savez(token_file, **{name: _joined(docs) for name, docs in encoded.items()})
     arrays = np.load(token_file)
     return Vocabulary(model_file.read_bytes()), {name: _split(arrays[name]) for name in arrays.files}
+
+
+def _vocabulary(sources, size):
+    """Return the family's vocabulary where it has `size` pieces, else a new one: the bundled models share it."""
+    family = Path(__file__).with_name("vocabulary.model").read_bytes()
+    return family if len(Vocabulary(family)) == size else train_vocabulary(vocabulary_texts(sources), size)
 
 
 def vocabulary_texts(sources):

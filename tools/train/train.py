@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,8 +71,13 @@ class Run:
         self.exit_loss = torch.compile(exit_loss, dynamic=False)
 
     def start_from(self, path):
-        """Take the weights of a GGUF as the first weights."""
-        self.model.load_state_dict(read_gguf(path)[0].state_dict())
+        """Take the weights of a GGUF with the same vocabulary as the first; all layers train from here on."""
+        model, pieces = read_gguf(path)
+        sentencepiece = self.rows.vocabulary.model
+        if pieces != [sentencepiece.id_to_piece(i) for i in range(len(self.rows.vocabulary))]:
+            raise SystemExit(f"{path} has another vocabulary than this run")
+        self.model.load_state_dict(model.state_dict())
+        self.plan = replace(self.plan, growth=((0.0, 1.0),))
         self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def train_step(self):
