@@ -7,11 +7,11 @@ from typing import Annotated, Any
 from cmr import hookimpl, plugin
 from cmr_plugins.speculation import DEPTHS, Choice, Pace
 
-# How often the next token is right, by the length of the match, before a text has shown it; counts as PRIOR tokens.
+# How often the next token is right, by the length of the match, before a text has shown it.
 CHANCES = (0.4, 0.5, 0.65, 0.75, 0.85, 0.93)
 STARTS = (0, 4, 5, 7, 10, 16)
 LONGEST = 16
-PRIOR, MEMORY = 4.0, 0.95
+MEMORY = 0.95
 START = 1.5  # plain tokens that the first drafts may lose
 REFRESH = 8  # tokens after which depths are chosen anew
 LEVEL = tuple(sum(length >= start for start in STARTS) - 1 for length in range(LONGEST + 1))
