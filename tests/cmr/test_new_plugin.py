@@ -39,7 +39,7 @@ def test_the_package_is_complete(package):
 
 def test_it_is_found_by_its_name_and_keeps_the_contracts(installed):
     listed = run("plugins", "--json", command="main", env=installed)
-    assert json.loads(listed.stdout)["stop-short"]["hooks"] == ["start_session", "report", "on_token"]
+    assert json.loads(listed.stdout)["stop-short"]["hooks"] == ["start_session", "on_token", "report"]
     checked = run("plugin-check", "stop-short:sentences=2", command="main", env=installed)
     assert checked.returncode == 0, checked.stdout
     assert "BROKEN" not in checked.stdout and "ok     is exact" in checked.stdout
