@@ -45,6 +45,8 @@ def able(variant):
     return features().issuperset(NEEDS[variant])
 
 
+# The others differ from these only in how they multiply bytes.
+WHOLE = ("avx512vnni", "avx2", "plain")
 BEST = next(variant for variant in VARIANTS if able(variant))
 
 
@@ -56,14 +58,14 @@ def sample(tmp_path_factory):
     def get(variant):
         if variant not in made:
             folder = tmp_path_factory.mktemp(variant)
-            args = [folder, folder / "sample.npz"]
-            if not able(variant):
-                if variant != "avxvnni" or not able("avx512vnni"):
-                    pytest.skip(f"this processor has no {variant}")
-                run_python("-c", FORCED, *args, CMR_CPU=variant)
-            else:
+            args = [folder, folder / "sample.npz", "all" if variant in WHOLE else "products"]
+            if able(variant):
                 choice = {} if variant == BEST else {"CMR_CPU": variant}
                 run_python("-m", "tests.cmr.kernels.sample", *args, **choice)
+            elif variant == "avxvnni" and able("avx512vnni"):
+                run_python("-c", FORCED, *args, CMR_CPU=variant)
+            else:
+                pytest.skip(f"this processor has no {variant}")
             made[variant] = dict(np.load(folder / "sample.npz"))
             assert str(made[variant].pop("variant")) == variant
         return made[variant]
@@ -80,7 +82,7 @@ def native(sample):
 @pytest.mark.parametrize("variant", FUSED)
 def test_processors_that_fuse_multiply_and_add_agree_in_every_bit(sample, native, variant):
     found = sample(variant)
-    assert found.keys() == native.keys() and len(found) > 150
+    assert native.keys() >= found.keys() and len(found) >= (150 if variant in WHOLE else 24)
     for name, array in found.items():
         np.testing.assert_array_equal(array, native[name], name)
 
