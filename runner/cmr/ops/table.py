@@ -140,7 +140,7 @@ class Ops(Protocol):
     ) -> None:
         """Attend from q, float32 [n, heads, dim], to the slots that `rule` lets each row see, into `out`.
 
-        Slots lie in increasing order of position. A query at p sees the slots with pos <= p and
+        Slots, and rows, come in increasing order of position. A query at p sees the slots with pos <= p and
         (rule.window == 0 or p - pos < rule.window or pos < rule.sinks). Scores are q @ k * rule.scale
         (None: 1 / sqrt(dim)), then softcap * tanh(score / softcap) where rule.softcap > 0.
         `used` is int32 [kv_heads], and kv_pos [kv_heads, capacity], where heads keep different slots.

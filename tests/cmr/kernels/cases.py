@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -50,6 +51,8 @@ class Guarded:
     """Memory between two pages that may not be touched: arrays that end, or begin, right at one of them."""
 
     def __init__(self) -> None:
+        if sys.platform == "win32":
+            pytest.skip("protects pages with mprotect")
         self._maps: list[mmap.mmap] = []
 
     def array(self, nbytes: int, at_end: bool = True) -> np.ndarray:
