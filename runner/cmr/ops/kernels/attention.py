@@ -200,18 +200,22 @@ def load_tile(v, args, half, turned):
                     v.store(v.add(target, v.mul(v.mul(v.add(slot, i), dim), 4), v.mul(d, 4)), row)
 
 
-@emitter("scale_row")
-def scale_row(v, args):
-    """target = source * the float32 at an address: target, source, count, address."""
-    target, source, count, factor = args[:4]
-    by = v.load(factor, F32)
+def _times(v, target, source, count, factor):
+    """target = source * factor over a row."""
 
     def body(at, lanes):
         offset = v.mul(at, 4)
         x = v.load_vector(v.add(source, offset), lanes)
-        v.store(v.add(target, offset), v.b.fmul(x, v.splat(by, lanes)), 4)
+        v.store(v.add(target, offset), v.b.fmul(x, v.splat(factor, lanes)), 4)
 
     v.chunks(count, body)
+
+
+@emitter("scale_row")
+def scale_row(v, args):
+    """target = source * the float32 at an address: target, source, count, address."""
+    target, source, count, factor = args[:4]
+    _times(v, target, source, count, v.load(factor, F32))
 
 
 @emitter("divide_row")
@@ -221,13 +225,7 @@ def divide_row(v, args):
     by = v.load(divisor, F32)
     none = v.b.fcmp_ordered("==", by, F32(0.0))
     inverse = v.b.select(none, F32(0.0), v.b.fdiv(F32(1.0), by))
-
-    def body(at, lanes):
-        offset = v.mul(at, 4)
-        x = v.load_vector(v.add(source, offset), lanes)
-        v.store(v.add(target, offset), v.b.fmul(x, v.splat(inverse, lanes)), 4)
-
-    v.chunks(count, body)
+    _times(v, target, source, count, inverse)
 
 
 @emitter("combine")
