@@ -14,12 +14,12 @@ from typing import Any
 import cmr
 from cmr.bench import footprint, report
 from cmr.bench.cases import Case
-from cmr.bench.divergence import written_text
 from cmr.bench.measure import Row, Settings, Side, measure, read_text
 from cmr.bench.peer import LlamaWorker, Peer, open_peer
 from cmr.bench.quality import WINDOW, quality
 from cmr.discovery import describe
 from cmr.errors import CMRError, RequestError
+from cmr.eval import written_text
 
 QUALITY_TOKENS = 4096
 MEMORY_CONTEXT = 2048

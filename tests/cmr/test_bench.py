@@ -17,7 +17,6 @@ import cmr
 from cmr.bench import footprint, report
 from cmr.bench.cases import Case, cases
 from cmr.bench.decoding import Decoding
-from cmr.bench.divergence import divergence, written_text
 from cmr.bench.figures import ratio, spread
 from cmr.bench.forward import Forward
 from cmr.bench.measure import Settings, Side, measure
@@ -208,53 +207,6 @@ def test_the_whole_loop_runs_exactly_the_case(session, case):
 def test_prompts_are_cut_from_a_text(session):
     runner = Decoding(lambda: session, text=[1, 2, 3])
     assert runner._tokens(7, 0) == [1, 2, 3, 1, 2, 3, 1]
-
-
-# -- divergence --
-
-
-class Biased:
-    """Raises one token's logit by `shift`."""
-
-    def __init__(self, shift):
-        self.shift = shift
-
-    def __call__(self, seq, draft, logits):
-        logits[:, 7] += self.shift
-
-
-def _biased(model, shift):
-    from cmr.plan import Plan
-
-    made = cmr.Session.open(model)
-    fields = {name: getattr(made.plan, name) for name in Plan.__dataclass_fields__}
-    made.plan = Plan(**(fields | {"on_logits": (Biased(shift),)}))
-    made.loop.plan = made.plan
-    return made
-
-
-def test_a_session_does_not_diverge_from_itself(session):
-    model = session.model
-    found = divergence(cmr.Session.open(model), cmr.Session.open(model), list(range(1, 41)), 10)
-    assert (found.tokens, found.mean, found.highest, found.same_top) == (30, 0, 0, 1)
-
-
-def test_divergence_is_what_the_formula_says(session):
-    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5]
-    rows = session.model.logits(tokens, kv_dtype=np.float16)[3:-1].astype(float)
-    other = rows.copy()
-    other[:, 7] += 2.0
-    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (rows, other))
-    expected = (p * np.log(p / q)).sum(1)
-    found = divergence(cmr.Session.open(session.model), _biased(session.model, 2.0), tokens, 4)
-    assert found.tokens == len(expected)
-    assert found.mean == pytest.approx(expected.mean(), rel=0.02)
-    assert found.highest == pytest.approx(expected.max(), rel=0.02)
-
-
-def test_a_session_writes_a_text_of_the_size_asked_for(session):
-    text = written_text(session, 12)
-    assert len(text) == 13 and text == written_text(session, 12)
 
 
 # -- the peer --

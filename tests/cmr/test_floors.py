@@ -22,7 +22,8 @@ FLOORS = [
     {"plan"},
     {"resolve", "fingerprint", "admission", "scheduler", "loop"},
     {"session"},
-    {"testing", "bench"},
+    {"testing", "eval"},
+    {"bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -10,13 +10,13 @@ from typing import Any
 import cmr
 from cmr.bench.cases import Case
 from cmr.bench.decoding import Decoding
-from cmr.bench.divergence import Divergence, divergence, written_text
 from cmr.bench.figures import Ratio, Spread, ratio, spread
 from cmr.bench.forward import CHUNK, Forward
 from cmr.bench.peer import Peer
 from cmr.bench.quiet import Watch
 from cmr.bench.rounds import Contender, Rounds, interleave
 from cmr.bench.work import Work, work_of
+from cmr.eval import Divergence, divergence, written_text
 
 KL_PROMPT, KL_TOKENS = 64, 192
 SPARE = 8  # tokens of context beyond a case's own

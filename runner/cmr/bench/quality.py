@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import cmr
-from cmr.bench.divergence import Divergence, compare
 from cmr.bench.peer import LlamaWorker
+from cmr.eval import Divergence, Pair, compare
 
 WINDOW = 512  # tokens of a stretch of text, each read from an empty context
 
@@ -32,7 +32,7 @@ def quality(path: str, text: str, tokens: int, peer: Any = None) -> dict[str, Di
         }
         if isinstance(peer, LlamaWorker):
             readers["llama.cpp"] = lambda part: peer_logits(peer, part, exact.n_vocab)
-        pairs: dict[str, list[tuple[float, bool]]] = {name: [] for name in readers}
+        pairs: dict[str, list[Pair]] = {name: [] for name in readers}
         for start in range(0, len(ids), window - len(first)):
             part = first + list(ids[start : start + window - len(first)])
             skip = len(part) // 4
