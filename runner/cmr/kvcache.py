@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from cmr.evidence import KINDS, UNIT, Noted
+
 BLOCK = 64  # capacity is a multiple of this many slots
 
 
@@ -44,7 +46,9 @@ class LayerCache:
 
     used: Any
     can_rollback = True
-    evidence: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = tuple(KINDS)
+    noted: Noted | None = None
+    floor = 0  # where the latest eviction was: what a rollback to before it would need is gone
     generation = 0  # changes whenever the arrays are replaced
     _plain = _stock = True
 
@@ -53,6 +57,8 @@ class LayerCache:
         cls._plain = cls.encode is LayerCache.encode
         own = (cls.append, cls.attend) != (LayerCache.append, LayerCache.attend)
         cls._stock = cls._plain and not own
+        if cls.attend is not LayerCache.attend and "evidence" not in vars(cls):
+            cls.evidence = ()
 
     def __init__(
         self,
@@ -102,7 +108,35 @@ class LayerCache:
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
         k, v = self._arrays()
-        self.ops.attend(q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
+        rows = None if self.noted is None else self.noted.rows(q_pos, len(self), prompt)
+        if rows is None:
+            self.ops.attend(q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
+        else:
+            where = (q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
+            self.ops.attend_noting(*where, rows, self.noted.since)
+
+    # -- what attention was seen to do --
+
+    def note(self, kind: str) -> None:
+        """Empty the cache, and let attention note a kind of `evidence`; a plan that asks for it does this."""
+        self.noted = Noted(self.kv_heads, KINDS[kind])
+        self.clear()
+
+    def follow(self, pos: int) -> None:
+        """Forget the weights noted so far, and note those of queries at pos and later."""
+        self._noted().follow(pos)
+
+    def weights(self) -> np.ndarray:
+        """Return the attention weights that slots got, summed over queries: float32 [kv_heads, len(self)].
+
+        They are summed over the query heads of a key head, too.
+        """
+        return (self._noted().total(len(self)) * UNIT).astype(np.float32)
+
+    def _noted(self) -> Noted:
+        if self.noted is None:
+            raise ValueError("attention notes no weights here; a plugin declares evidence to have them")
+        return self.noted
 
     # -- what there is --
 
@@ -112,7 +146,7 @@ class LayerCache:
     @property
     def replayable(self) -> bool:
         """Whether append and attend are each one job of the op table, over arrays that stay where they are."""
-        return self._stock and self.pos.ndim == 1
+        return self._stock and self.pos.ndim == 1 and self.noted is None
 
     @property
     def ragged(self) -> bool:
@@ -149,7 +183,8 @@ class LayerCache:
     @property
     def token_bytes(self) -> int:
         """The bytes that one more position takes."""
-        return sum(a.nbytes for packed in self._blank() for a in packed) + 4 * len(self._pos)
+        noted = 0 if self.noted is None else 8 * self.kv_heads
+        return sum(a.nbytes for packed in self._blank() for a in packed) + 4 * len(self._pos) + noted
 
     # -- what can be done with it --
 
@@ -157,8 +192,10 @@ class LayerCache:
         """Evict all slots but those with these increasing indices, and free the memory they took."""
         self._refuse_ragged("keep(slots)", "keep_heads(lists)")
         slots = _checked(slots, self.used)
+        self._evicting(len(slots) < self.used)
         self._rebuild(len(slots), lambda a: a[:, slots])
         self.used = len(slots)
+        self._clean()
 
     def keep_heads(self, slots: Sequence[Any]) -> None:
         """Evict in each head all slots but its own increasing indices, and free the memory they took."""
@@ -166,6 +203,7 @@ class LayerCache:
             raise ValueError(f"keep_heads wants a list for each of {self.kv_heads} heads, got {len(slots)}")
         chosen = [_checked(s, len(self.head_positions(head))) for head, s in enumerate(slots)]
         counts = np.array([len(s) for s in chosen], np.int32)
+        self._evicting(bool((counts < self.used).any()))
         index = np.zeros((self.kv_heads, int(counts.max())), np.intp)
         for head, s in enumerate(chosen):
             index[head, : len(s)] = s
@@ -174,39 +212,64 @@ class LayerCache:
             self._set(self.k, self.v, np.repeat(self._pos, self.kv_heads, axis=0), ragged=True)
         self._rebuild(index.shape[1], lambda a: a[heads, index])
         self.used = counts
+        self._clean()
 
     def rollback(self, pos: int) -> None:
         """Forget every position from pos on; rollback(0) empties the cache and frees it."""
         if pos <= 0:
             self.clear()
-        elif self.ragged:
+            return
+        if self.ragged:
             ends = [np.searchsorted(self.head_positions(head), pos) for head in range(self.kv_heads)]
             self.used = np.array(ends, np.int32)
         else:
             self.used = int(np.searchsorted(self.pos[: self.used], pos))
+        if self.noted is not None:
+            self.noted.drop(pos)
+        self._clean()
+
+    def can_rollback_to(self, pos: int) -> bool:
+        """Whether rollback(pos) leaves what was here when pos was next: nothing of it evicted, say.
+
+        Going back to 0 always can: it empties the cache.
+        """
+        noted = self.noted is None or self.noted.can_drop(pos)
+        return pos <= 0 or (self.can_rollback and pos >= self.floor and noted)
 
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the contents as plain arrays without spare capacity."""
         n = len(self)
         k, v, (pos,) = ([a[:, :n].copy() for a in arrays] for arrays in (self.k, self.v, [self._pos]))
-        return {"k": k, "v": v, "pos": pos, "used": self.used, "ragged": self.ragged}
+        state = {"k": k, "v": v, "pos": pos, "used": self.used, "ragged": self.ragged}
+        if self.noted is not None:
+            state["weights"] = self.noted.total(n), self.noted.since, self.noted.stop
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Replace the contents by a snapshot of a cache of the same kind and sizes."""
         k, v, (pos,) = ([a.copy() for a in arrays] for arrays in (state["k"], state["v"], [state["pos"]]))
+        if self.noted is not None:
+            sums, since, floor = state["weights"]
+            self.noted.follow(since)
+            self.noted.sums, self.noted.floor = sums.copy(), floor
         self._set(k, v, pos, state["ragged"])
         self.used = state["used"]
+        heads = [self.head_positions(head) for head in range(len(pos))]
+        self.floor = max((int(p[-1]) + 1 for p in heads if len(p) and p[-1] >= len(p)), default=0)
 
     def clear(self) -> None:
         """Forget everything and free it."""
         k, v = ([np.empty((len(a), 0, *a.shape[2:]), a.dtype) for a in packed] for packed in self._blank())
+        if self.noted is not None:
+            self.noted.clear()
         self._set(k, v, np.empty((1, 0), np.int32), ragged=False)
-        self.used = 0
+        self.used = self.floor = 0
 
     # -- storage: every array has its slots on axis 1, positions [1 or kv_heads, capacity] among them --
 
     def _all(self) -> tuple[np.ndarray, ...]:
-        return (*self.k, *self.v, self._pos)
+        arrays = (*self.k, *self.v, self._pos)
+        return arrays if self.noted is None else (*arrays, self.noted.sums)
 
     def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
         self.k, self.v, self._pos = k, v, pos
@@ -260,7 +323,23 @@ class LayerCache:
             return new
 
         ragged = self.ragged
+        if self.noted is not None:
+            self.noted.sums = moved(self.noted.sums)
         self._set([moved(a) for a in self.k], [moved(a) for a in self.v], moved(self._pos), ragged)
+
+    def _evicting(self, some: bool) -> None:
+        """Note that what a rollback to before now would need is about to go."""
+        if self.noted is not None:
+            self.noted.add()
+        if some:
+            ends = [p[-1] for p in map(self.head_positions, range(self.kv_heads)) if len(p)]
+            self.floor = max(self.floor, int(max(ends)) + 1)
+
+    def _clean(self) -> None:
+        """Zero the weights behind the slots in use: those that come there begin with none."""
+        if self.noted is not None:
+            for head, sums in enumerate(self.noted.sums):
+                sums[len(self.head_positions(head)) :] = 0
 
     def _refuse_ragged(self, what: str, instead: str) -> None:
         if self.ragged:

@@ -214,7 +214,7 @@ class Loop:
     def _trim(self, seq: Sequence, pos: int) -> None:
         """Forget what is cached from pos on; caches that cannot, or fail to, are made anew and fed again."""
         try:
-            seq.rollback(pos if all(cache.can_rollback for cache in seq.caches) else 0)
+            seq.rollback(pos if all(cache.can_rollback_to(pos) for cache in seq.caches) else 0)
         except Exception:
             seq.caches, seq.cached = [make() for make in self.plan.caches], 0
 

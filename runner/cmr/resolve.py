@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -15,7 +16,7 @@ from cmr.calls import ATTEND, guarded_attend, guarded_on_layer, reordered
 from cmr.discovery import declared
 from cmr.errors import ModelError, PluginError
 from cmr.hookspecs import hookimpl
-from cmr.kvcache import AttnRule, LayerCache
+from cmr.kvcache import AttnRule, LayerCache, by_rule
 from cmr.plan import Memory, Plan
 
 BUILT_IN = "built in"
@@ -93,7 +94,11 @@ class _Asking:
         caches, samples = self._caches(layers)
         attend = tuple(self._attend(layer) for layer in range(self.model.n_layers))
         drafter, scheduler = self.ask("drafter"), self.ask("scheduler")
-        evidence = self._evidence(layers, samples)
+        evidence = self._evidence(layers, samples, attend)
+        if evidence:
+            (kind,) = evidence
+            caches = tuple(partial(_noting, make, kind) for make in caches)
+            samples = [make() for make in caches]
         if drafter is not None:
             self._need_rollback(layers, samples)
         runtime = {hook: self._calls(hook) for hook in hookspecs.CALLS}
@@ -204,19 +209,26 @@ class _Asking:
                 f"and layer {layer} of this model is {kinds[layer]}"
             )
 
-    def _evidence(self, layers: tuple[int, ...], samples: list[Any]) -> frozenset[str]:
-        """What attention must hand out; refused where a layer's cache cannot."""
-        wanted = {name: set(declared(thing, "evidence")) for name, thing in self.plugins.items()}
-        for name, kinds in wanted.items():
+    def _evidence(self, layers: tuple[int, ...], samples: list[Any], attend: Any) -> frozenset[str]:
+        """What attention must note, one kind at most; refused where a layer's cache or attention cannot."""
+        wanted = [
+            (name, kind) for name, thing in self.plugins.items() for kind in declared(thing, "evidence")
+        ]
+        kinds = frozenset(kind for _, kind in wanted)
+        if len(kinds) > 1:
+            what = " and ".join(f"{name} ({kind})" for name, kind in wanted)
+            raise PluginError(f"attention can note one kind of evidence, and {what} need different ones")
+        for name, kind in wanted:
             for layer in layers:
-                missing = kinds - set(samples[layer].evidence) if kinds else set()
-                if missing:
-                    owner = self.owners["kv_cache"][layer]
-                    raise PluginError(
-                        f"{name} needs {' and '.join(sorted(missing))} from attention, "
-                        f"and the cache of layer {layer} ({owner}) does not give it"
-                    )
-        return frozenset().union(*wanted.values())
+                own = by_rule(attend[layer])
+                if own and kind in samples[layer].evidence:
+                    continue
+                owner = self.owners["kv_cache" if own else "attention"][layer]
+                raise PluginError(
+                    f"{name} needs {kind} from attention, and the {'cache' if own else 'attention'} of layer "
+                    f"{layer} ({owner}) does not give them"
+                )
+        return kinds
 
     def _need_rollback(self, layers: tuple[int, ...], samples: list[Any]) -> None:
         for layer in layers:
@@ -259,6 +271,13 @@ def _check_owners(pm: pluggy.PluginManager) -> None:
         names = [impl.plugin_name for impl in impls if not _wraps(impl)]
         if len(names) > 1:
             raise PluginError(f"{' and '.join(names)} both provide {hook}; choose one")
+
+
+def _noting(make: Callable[[], Any], kind: str) -> Any:
+    """Make a cache that notes a kind of evidence."""
+    cache = make()
+    cache.note(kind)
+    return cache
 
 
 def _wraps(impl: Any) -> bool:

@@ -97,7 +97,8 @@ class Sequence:
         ours, theirs = self.tokens[:-1], earlier.tokens[: earlier.cached]
         pairs = enumerate(zip(ours, theirs))
         shared = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-        if not shared or shared < earlier.cached and not all(cache.can_rollback for cache in earlier.caches):
+        reached = all(cache.can_rollback_to(shared) for cache in earlier.caches)
+        if not shared or shared < earlier.cached and not reached:
             return
         if shared < earlier.cached:
             earlier.rollback(shared)

@@ -122,18 +122,27 @@ def test_layers_of_a_kind_that_a_plugin_does_not_serve_are_refused_unless_it_lea
 
 
 def test_evidence_must_be_given_by_the_cache_of_every_layer():
-    class Weighs(LayerCache):
+    class Fused(LayerCache):
+        def attend(self, q, q_pos, rule, out, prompt):
+            out[:] = 0
+
+    class Weighs(Fused):
         evidence = ("window-weights",)
+
+        def note(self, kind):
+            self.kind = kind
 
     policy = owner(on_step=lambda self: None)
     policy.evidence = ("window-weights",)
     giver = owner(kv_cache=lambda self, model, layer: Weighs.factory(model, layer))
     both = type("Both", (giver,), {"evidence": ("window-weights",)})
-    assert Session.open(Untouchable(), [both()]).plan.evidence == {"window-weights"}
+    plan = Session.open(Untouchable(), [both()]).plan
+    assert plan.evidence == {"window-weights"} and plan.caches[0]().kind == "window-weights"
+    other = type("Other", (owner(kv_cache=lambda self, model, layer: Fused.factory(model, layer)),), {})
     with pytest.raises(
-        PluginError, match=r"mine needs window-weights from attention, and the cache of layer 0 \(built"
+        PluginError, match=r"mine needs window-weights from attention, and the cache of layer 0 \(other"
     ):
-        Session.open(Untouchable(), [policy()])
+        Session.open(Untouchable(), [policy(), other()])
 
 
 def test_drafts_need_caches_that_roll_back():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cmr.evidence import UNIT
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
@@ -212,6 +213,22 @@ class PortableOps:
         out: np.ndarray,
         prompt: bool,
     ) -> None:
+        self.attend_noting(q, q_pos, k, v, kv_pos, used, rule, out, prompt, None, 0)
+
+    def attend_noting(
+        self,
+        q: np.ndarray,
+        q_pos: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        kv_pos: np.ndarray,
+        used: int | np.ndarray,
+        rule: Any,
+        out: np.ndarray,
+        prompt: bool,
+        noted: np.ndarray | None,
+        since: int,
+    ) -> None:
         scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
         width = q.shape[1] // len(k)
         for group in range(len(k)):
@@ -222,7 +239,12 @@ class PortableOps:
             for row, p in enumerate(np.asarray(q_pos).tolist()):
                 seen = _visible(slots, p, rule)
                 scores = keys[seen] @ (q[row, heads].astype(np.float64) * scale).T
-                out[row, heads] = _mix(scores, values[seen], rule.softcap)
+                weights = _softmax(scores, rule.softcap)
+                out[row, heads] = weights.T @ values[seen]
+                if noted is not None and p >= since:
+                    noted[0 if prompt else row, group, seen] += (
+                        np.rint(weights / UNIT).astype(np.int64).sum(1)
+                    )
 
     def close(self) -> None:
         """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
@@ -259,14 +281,12 @@ def _visible(slots: np.ndarray, p: int, rule: Any) -> Any:
     return np.r_[0:sinks, start:end]
 
 
-def _mix(scores: np.ndarray, values: np.ndarray, softcap: float) -> np.ndarray:
-    """Softmax over slots of scores [slots, heads], applied to values [slots, dim]: [heads, dim]."""
-    if not len(scores):
-        return np.zeros((scores.shape[1], values.shape[1]))
+def _softmax(scores: np.ndarray, softcap: float) -> np.ndarray:
+    """Softmax over slots of scores [slots, heads], softly capped first."""
     if softcap > 0:
         scores = softcap * np.tanh(scores / softcap)
-    weights = np.exp(scores - scores.max(0))
-    return (weights / weights.sum(0)).T @ values
+    weights = np.exp(scores - scores.max(0, initial=-np.inf))
+    return weights / weights.sum(0)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
