@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cmr.evidence import KINDS, UNIT, Noted
+from cmr.ops.records import Segment
 
 BLOCK = 64  # capacity is a multiple of this many slots
 
@@ -94,7 +95,7 @@ class LayerCache:
         n = len(pos)
         self.reserve(n)
         if self._plain and not self.ragged:
-            self.ops.kv_store(self.k[0], self.v[0], self.pos, self.used, k, v, pos)
+            self.ops.kv_store(self._segment(), k, v, pos)
         else:
             packed = (*self.encode(k.swapaxes(0, 1), True), *self.encode(v.swapaxes(0, 1), False))
             self._write((*packed, np.broadcast_to(pos, (len(self._pos), n))), n)
@@ -107,12 +108,11 @@ class LayerCache:
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
-        k, v = self._arrays()
         rows = None if self.noted is None else self.noted.rows(q_pos, len(self), prompt)
-        if rows is None:
-            self.ops.attend(q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
+        where = (q, q_pos, [self._segment()], rule, out, prompt)
+        if rows is None or self.noted is None:
+            self.ops.attend(*where)
         else:
-            where = (q, q_pos, k, v, self.pos, self.used, rule, out, prompt)
             self.ops.attend_noting(*where, rows, self.noted.since)
 
     # -- what attention was seen to do --
@@ -289,6 +289,10 @@ class LayerCache:
         k = self.decode(tuple(a[:, :n] for a in self.k), True)
         v = self.decode(tuple(a[:, :n] for a in self.v), False)
         return np.ascontiguousarray(k), np.ascontiguousarray(v)
+
+    def _segment(self) -> Segment:
+        """The slots as the op table takes them."""
+        return Segment(*self._arrays(), self.pos, self.used)
 
     def _write(self, parts: tuple[np.ndarray, ...], n: int) -> None:
         """Put parts [kv_heads, n, ...] behind the slots in use of each array."""

@@ -13,7 +13,7 @@ import numpy as np
 from cmr.evidence import UNIT
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
+from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, Segment, make_buffer
 from cmr.quants import row_bytes
 
 # Decoded weights are kept up to here; what comes later is decoded again in every call.
@@ -183,46 +183,30 @@ class PortableOps:
 
     # -- attention ------------------------------------------------------------
 
-    def kv_store(
-        self,
-        k: np.ndarray,
-        v: np.ndarray,
-        pos_arr: np.ndarray,
-        used: int | np.ndarray,
-        k_new: np.ndarray,
-        v_new: np.ndarray,
-        pos: np.ndarray,
-    ) -> None:
+    def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
         with np.errstate(over="ignore", under="ignore"):  # what a half cannot hold becomes infinite or zero
-            for head in range(len(k)):
-                start = int(used) if np.ndim(used) == 0 else int(np.asarray(used)[head])
+            for head, start in enumerate(_counts(segment)):
                 slots = slice(start, start + len(pos))
-                k[head, slots] = k_new[:, head]
-                v[head, slots] = v_new[:, head]
-                (pos_arr if pos_arr.ndim == 1 else pos_arr[head])[slots] = pos
+                segment.k[head, slots] = k_new[:, head]
+                segment.v[head, slots] = v_new[:, head]
+                (segment.pos if segment.pos.ndim == 1 else segment.pos[head])[slots] = pos
 
     def attend(
         self,
         q: np.ndarray,
         q_pos: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        kv_pos: np.ndarray,
-        used: int | np.ndarray,
+        segments: list[Segment],
         rule: Any,
         out: np.ndarray,
         prompt: bool,
     ) -> None:
-        self.attend_noting(q, q_pos, k, v, kv_pos, used, rule, out, prompt, None, 0)
+        self.attend_noting(q, q_pos, segments, rule, out, prompt, None, 0)
 
     def attend_noting(
         self,
         q: np.ndarray,
         q_pos: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        kv_pos: np.ndarray,
-        used: int | np.ndarray,
+        segments: list[Segment],
         rule: Any,
         out: np.ndarray,
         prompt: bool,
@@ -230,21 +214,21 @@ class PortableOps:
         since: int,
     ) -> None:
         scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
-        width = q.shape[1] // len(k)
-        for group in range(len(k)):
-            count = int(used) if np.ndim(used) == 0 else int(np.asarray(used)[group])
-            slots = (kv_pos if kv_pos.ndim == 1 else kv_pos[group])[:count]
-            keys, values = k[group, :count].astype(np.float64), v[group, :count].astype(np.float64)
+        kv_heads = len(segments[0].k)
+        width = q.shape[1] // kv_heads
+        for group in range(kv_heads):
+            held = [_held(segment, group) for segment in segments]
             heads = slice(group * width, (group + 1) * width)
             for row, p in enumerate(np.asarray(q_pos).tolist()):
-                seen = _visible(slots, p, rule)
-                scores = keys[seen] @ (q[row, heads].astype(np.float64) * scale).T
+                seen = [_visible(slots, p, rule) for _, _, slots in held]
+                queries = (q[row, heads].astype(np.float64) * scale).T
+                scores = np.concatenate([keys[some] @ queries for (keys, _, _), some in zip(held, seen)])
+                values = np.concatenate([values[some] for (_, values, _), some in zip(held, seen)])
                 weights = _softmax(scores, rule.softcap)
-                out[row, heads] = weights.T @ values[seen]
+                out[row, heads] = weights.T @ values
                 if noted is not None and p >= since:
-                    noted[0 if prompt else row, group, seen] += (
-                        np.rint(weights / UNIT).astype(np.int64).sum(1)
-                    )
+                    counts = np.rint(weights / UNIT).astype(np.int64).sum(1)
+                    noted[0 if prompt else row, group, seen[0]] += counts  # notes are of a single segment
 
     def close(self) -> None:
         """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
@@ -267,6 +251,19 @@ def _normed(x: np.ndarray, norm: Norm | None) -> np.ndarray:
     if norm.bias is not None:
         y += norm.bias
     return y.astype(np.float32)
+
+
+def _counts(segment: Segment) -> list[int]:
+    """The slots in use of each head."""
+    return np.broadcast_to(segment.used, len(segment.k)).tolist()
+
+
+def _held(segment: Segment, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and values of a head's slots as float64 [slots, dim], and their positions."""
+    count = _counts(segment)[head]
+    slots = segment.pos if segment.pos.ndim == 1 else segment.pos[head]
+    keys, values = (a[head, :count].astype(np.float64) for a in (segment.k, segment.v))
+    return keys, values, slots[:count]
 
 
 def _visible(slots: np.ndarray, p: int, rule: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 ALIGNMENT = 64
+FLOATS = {"e": "F16", "f": "F32"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,6 +77,42 @@ class RopeTable:
         angles = np.arange(self.positions, dtype=np.float64)[:, None] * self.inv_freq
         self.cos = (np.cos(angles) * self.scale).astype(np.float32)
         self.sin = (np.sin(angles) * self.scale).astype(np.float32)
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """Slots that lie together: K and V of one layer in order of position, of which `used` count.
+
+    `k` and `v` are [kv_heads, capacity, dim], float16 or float32. `pos` is int32 [capacity] and `used` an int,
+    or, where heads hold different slots, int32 [kv_heads, capacity] and int32 [kv_heads]. `grows` says
+    whether new rows are written behind them.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    pos: np.ndarray
+    used: Any
+    k_type: str = ""
+    v_type: str = ""
+    grows: bool = True
+
+    def __post_init__(self) -> None:
+        self.k_type = self.k_type or FLOATS[self.k.dtype.char]
+        self.v_type = self.v_type or FLOATS[self.v.dtype.char]
+
+    @property
+    def most(self) -> int:
+        """The most slots that a head has."""
+        return self.used if isinstance(self.used, int) else int(self.used.max())
+
+    @property
+    def pos_stride(self) -> int:
+        """Bytes between the positions of two heads, 0 where all hold the same."""
+        return self.pos.strides[0] if self.pos.ndim == 2 else 0
+
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return K and V of the slots in use, as they are stored."""
+        return self.k[:, : self.most], self.v[:, : self.most]
 
 
 def make_buffer(rows: int, cols: int) -> Buffer:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cmr.gguf_file import Tensor
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable
+from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, Segment
 
 Part = tuple[Matrix, np.ndarray | None]
 
@@ -22,7 +22,7 @@ class Ops(Protocol):
     name: str
     threads: int
     prompt_threads: int
-    replays: bool  # whether there are recording(), fits() and replay(): see ops/cpu.py and replay.py
+    replays: bool  # whether there are recording(), fits() and replay(): see ops/launcher.py and replay.py
 
     def matrix(
         self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
@@ -110,40 +110,24 @@ class Ops(Protocol):
     def finish_logits(self, x: Buffer, n: int, scale: float, cap: float) -> None:
         """x = scale * x, then cap * tanh(x / cap) where cap > 0, in place."""
 
-    def kv_store(
-        self,
-        k: np.ndarray,
-        v: np.ndarray,
-        pos_arr: np.ndarray,
-        used: int | np.ndarray,
-        k_new: np.ndarray,
-        v_new: np.ndarray,
-        pos: np.ndarray,
-    ) -> None:
-        """Write rows into slots used to used + n: k_new, v_new float32 [n, kv_heads, dim], pos int32 [n].
-
-        k and v are float16 or float32 [kv_heads, capacity, dim], pos_arr is int32 [capacity]. Where heads
-        keep different slots, pos_arr is int32 [kv_heads, capacity] and `used` int32 [kv_heads].
-        """
+    def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
+        """Write rows into slots used to used + n: k_new, v_new float32 [n, kv_heads, dim], pos int32 [n]."""
 
     def attend(
         self,
         q: np.ndarray,
         q_pos: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        kv_pos: np.ndarray,
-        used: int | np.ndarray,
+        segments: list[Segment],
         rule: Any,
         out: np.ndarray,
         prompt: bool,
     ) -> None:
         """Attend from q, float32 [n, heads, dim], to the slots that `rule` lets each row see, into `out`.
 
-        Slots, and rows, come in increasing order of position. A query at p sees the slots with pos <= p and
-        (rule.window == 0 or p - pos < rule.window or pos < rule.sinks). Scores are q @ k * rule.scale
-        (None: 1 / sqrt(dim)), then softcap * tanh(score / softcap) where rule.softcap > 0.
-        `used` is int32 [kv_heads], and kv_pos [kv_heads, capacity], where heads keep different slots.
+        One softmax spans all segments. Slots of a segment, and rows, come in increasing order of position. A
+        query at p sees the slots with pos <= p and (rule.window == 0 or p - pos < rule.window or
+        pos < rule.sinks). Scores are q @ k * rule.scale (None: 1 / sqrt(dim)), then
+        softcap * tanh(score / softcap) where rule.softcap > 0.
         """
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from cmr.model import open_model
 from cmr.ops.cpu import CpuOps
 from cmr.ops.kernels.emit import TARGET
 from cmr.ops.kernels.rows import ACTIVATIONS
+from cmr.ops.records import Segment
 from cmr.quants import FORMATS
 
 RNG = np.random.default_rng(0)
@@ -89,14 +90,14 @@ def attention(ops, folder, few):
             k, v = (np.zeros((groups, 640, dim), dtype) for _ in "kv")
             positions = np.zeros(640, np.int32)
             new = floats(600, groups, dim), floats(600, groups, dim)
-            ops.kv_store(k, v, positions, 3, *new, np.arange(3, 603, dtype=np.int32))
+            ops.kv_store(Segment(k, v, positions, 3), *new, np.arange(3, 603, dtype=np.int32))
             positions[:3] = range(3)
             yield f"stored {heads} {dim} {dtype.__name__}", k
             for number, rule in enumerate(rules):
                 for n, prompt in [(1, False), (5, False), (66, True)]:
                     q, out = floats(n, heads, dim), np.zeros((n, heads, dim), np.float32)
                     q_pos = np.arange(603 - n, 603, dtype=np.int32)
-                    ops.attend(q, q_pos, k, v, positions, 603, rule, out, prompt)
+                    ops.attend(q, q_pos, [Segment(k, v, positions, 603)], rule, out, prompt)
                     yield f"attention {heads} {dim} {dtype.__name__} {number} {n} {prompt}", out
 
 

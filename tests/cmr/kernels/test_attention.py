@@ -8,6 +8,7 @@ from tests.cmr.kernels.cases import Guarded, distance
 
 from cmr.kvcache import AttnRule
 from cmr.ops.cpu import CpuOps
+from cmr.ops.records import Segment
 
 roles = pytest.mark.parametrize("prompt", [False, True], ids=["generated", "prompt"])
 
@@ -61,8 +62,11 @@ class Case:
     def run(self, ops, prompt):
         n, heads, _ = self.q.shape
         out = np.full((n, heads, self.dim_v), 77, np.float32)
-        ops.attend(self.q, self.q_pos, self.k, self.v, self.pos, self.used, self.rule, out, prompt)
+        ops.attend(self.q, self.q_pos, [self.segment()], self.rule, out, prompt)
         return out
+
+    def segment(self):
+        return Segment(self.k, self.v, self.pos, self.used)
 
     def check(self, ops, prompt, error=1.0):
         """Compare with the reference; `error` multiplies what rounding may cost."""
@@ -197,6 +201,52 @@ def test_ragged_heads(ops, prompt, dtype, dim):
 
 
 @roles
+@pytest.mark.parametrize("cuts", [(0, 300), (64, 640), (5, 5, 513), (1,)], ids=str)
+@pytest.mark.parametrize("rule", [AttnRule(), AttnRule(window=90, sinks=3), AttnRule(softcap=2.0)])
+def test_segments_share_one_softmax(ops, prompt, cuts, rule):
+    """Slots dealt out to several arrays, of float16 and float32 by turns, some of them empty."""
+    for n in (1, 7):
+        case = Case(4, 2, 32, 700, n)
+        case.rule = rule
+        case.k[:, :700], case.v[:, :700] = (a[:, :700].astype(np.float16) for a in (case.k, case.v))
+        wanted = reference(case.q, case.q_pos, case.k, case.v, case.pos, 700, rule)
+        segments = []
+        for turn, (start, stop) in enumerate(zip((0, *cuts), (*cuts, 700))):
+            k, v = (np.full((2, stop - start + 2, 32), np.nan, "ef"[turn % 2]) for _ in "kv")
+            k[:, : stop - start], v[:, : stop - start] = case.k[:, start:stop], case.v[:, start:stop]
+            segments.append(Segment(k, v, case.pos[start:stop].copy(), stop - start))
+        found = np.full(wanted.shape, 77, np.float32)
+        ops.attend(case.q, case.q_pos, segments, rule, found, prompt)
+        assert distance(found, wanted) <= 2e-6
+
+
+@roles
+def test_heads_of_segments_may_hold_different_slots(ops, prompt):
+    case, rng = Case(6, 3, 32, 700, 5), np.random.default_rng(2)
+    segments, wanted = [], np.zeros((5, 6, 32))
+    owner = rng.integers(0, 2, (3, 700))  # which segment holds a head's slot
+    for number in (0, 1):
+        counts = (owner == number).sum(1).astype(np.int32)
+        pos, k, v = (
+            np.full((3, 700), -(2**31), np.int32),
+            np.full_like(case.k, np.nan),
+            np.full_like(case.v, 7),
+        )
+        for head, count in enumerate(counts):
+            slots = np.flatnonzero(owner[head] == number)
+            pos[head, :count], k[head, :count], v[head, :count] = (
+                slots,
+                case.k[head, slots],
+                case.v[head, slots],
+            )
+        segments.append(Segment(k, v, pos, counts))
+    found = np.full(wanted.shape, 77, np.float32)
+    ops.attend(case.q, case.q_pos, segments, AttnRule(), found, prompt)
+    wanted = reference(case.q, case.q_pos, case.k, case.v, case.pos, 700, AttnRule())
+    assert distance(found, wanted) <= 2e-6
+
+
+@roles
 def test_large_scores(ops, prompt):
     """Scores far apart: the largest wins and nothing overflows."""
     case = Case(4, 2, 64, 600, 6)
@@ -224,7 +274,7 @@ def test_strided_queries_and_outputs(ops, prompt):
     wide[:, 64:192] = case.q.reshape(6, 128)
     q, out = wide[:, 64:192].reshape(6, 4, 32), there[:, 10:138].reshape(6, 4, 32)
     assert np.shares_memory(q, wide) and np.shares_memory(out, there)
-    ops.attend(q, case.q_pos, case.k, case.v, case.pos, 100, case.rule, out, prompt)
+    ops.attend(q, case.q_pos, [case.segment()], case.rule, out, prompt)
     np.testing.assert_array_equal(out, case.run(ops, prompt))
     assert (there[:, :10] == 77).all() and (there[:, 138:] == 77).all()
 
@@ -241,8 +291,7 @@ def test_nothing_is_touched_past_the_memory_given(ops, prompt, at_end, slots):
             setattr(case, name, guarded.copy(getattr(case, name), at_end))
         case.pos = guarded.copy(case.pos[:slots], at_end)
         out = guarded.array(4 * dim * 4, at_end).view(np.float32).reshape(1, 4, dim)
-        args = (case.q, case.q_pos, case.k, case.v, case.pos, slots, case.rule, out, prompt)
-        ops.attend(*args)
+        ops.attend(case.q, case.q_pos, [case.segment()], case.rule, out, prompt)
         np.testing.assert_array_equal(out, case.run(ops, prompt))
 
 
@@ -256,14 +305,14 @@ def test_rows_are_stored_rounded_once(ops, dtype, dim):
     new_k = rows[:, 3 : 3 + 3 * dim].reshape(12, 3, dim)
     new_v = rows[:, 200 : 200 + 3 * (dim + 1)].reshape(12, 3, dim + 1)
     pos = np.arange(5, 17, dtype=np.int32) * 3
-    ops.kv_store(k, v, positions, 10, new_k, new_v, pos)
+    ops.kv_store(Segment(k, v, positions, 10), new_k, new_v, pos)
     for cache, new in ((k, new_k), (v, new_v)):
         np.testing.assert_array_equal(cache[:, 10:22], new.transpose(1, 0, 2).astype(dtype))
         assert (cache[:, :10] == 7).all() and (cache[:, 22:] == 7).all()
     np.testing.assert_array_equal(positions[10:22], pos)
     ragged, used = np.full((3, 40), -1, np.int32), np.array([0, 28, 13], np.int32)
     k[:] = 7
-    ops.kv_store(k, v, ragged, used, new_k, new_v, pos)
+    ops.kv_store(Segment(k, v, ragged, used), new_k, new_v, pos)
     for head, start in enumerate(used):
         np.testing.assert_array_equal(k[head, start : start + 12], new_k[:, head].astype(dtype))
         np.testing.assert_array_equal(ragged[head, start : start + 12], pos)

@@ -10,6 +10,7 @@ from tests.ggufs import random_tensor, write_gguf
 from cmr.gguf_file import open_gguf
 from cmr.kvcache import AttnRule
 from cmr.ops.cpu import CpuOps
+from cmr.ops.records import Segment
 
 TOKENS = 23
 ROWS = {"a": 300, "b": 77}  # a matrix that threads share with pieces to draw, and a small ragged one
@@ -191,8 +192,8 @@ class Attention:
     def run(self, ops, rows, prompt, seen=None):
         out = np.full((len(rows), *self.q.shape[1:]), 77, np.float32)
         used = self.used if self.used is not None else (self.slots if seen is None else seen)
-        args = (self.q[rows], self.q_pos[rows], self.k, self.v, self.pos, used, self.rule, out, prompt)
-        ops.attend(*args)
+        segment = Segment(self.k, self.v, self.pos, used)
+        ops.attend(self.q[rows], self.q_pos[rows], [segment], self.rule, out, prompt)
         return out
 
 

@@ -106,7 +106,7 @@ from cmr.ops.kernels.compiler import compile_native
 from cmr.ops.kernels.emit import TARGET
 keys = [key for name in ("Q6_K", "IQ4_NL") for key in gemm.piece_keys(name).values()]
 keys += ["gemv:Q4_K:1", "gemv:Q8_0:2", "gemv:F16:1"]
-keys += ["quantize", "gate:silu", "to_half", "scores:2:1", "mix:2:4:0", "softmax", "store_rows"]
+keys += ["quantize", "gate:silu", "to_half", "scores:2:F16", "mix:2:4:F32", "softmax", "store_rows"]
 text = "".join(compile_native(key)._library.get_asm_str() for key in keys)
 wide = [name for name in ("xmm", "ymm", "zmm") if "%" + name in text]
 words = set(re.findall(r"vpdpbusd|vpmaddubsw|vpshufb|vcvtph2ps|vfmadd", text))

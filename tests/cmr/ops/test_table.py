@@ -10,6 +10,7 @@ from tests.ggufs import random_tensor, write_gguf
 from cmr.gguf_file import open_gguf
 from cmr.kvcache import AttnRule
 from cmr.ops import open_ops
+from cmr.ops.records import Segment
 from cmr.ops.table import Ops
 
 RNG = np.random.default_rng(0)
@@ -237,7 +238,7 @@ def test_attention_over_stored_keys(ops, rule, prompt, dtype, ragged):
     kv_pos = np.zeros((groups, capacity) if ragged else capacity, np.int32)
     used = np.zeros(groups, np.int32) if ragged else 0
     for rows in (slice(0, 50), slice(50, 70)):
-        ops.kv_store(k, v, kv_pos, used, new_k[rows], new_v[rows], slots[rows])
+        ops.kv_store(Segment(k, v, kv_pos, used), new_k[rows], new_v[rows], slots[rows])
         used = used + (rows.stop - rows.start)
     lengths = [70, 70]
     if ragged:
@@ -245,7 +246,7 @@ def test_attention_over_stored_keys(ops, rule, prompt, dtype, ragged):
         used = np.array(lengths, np.int32)
     q, out = floats(n, heads, dim), np.zeros((n, heads, dim_v), np.float32)
     q_pos = np.array([12, 30, 31, 60, 79], np.int32)
-    ops.attend(q, q_pos, k, v, kv_pos, used, rule, out, prompt)
+    ops.attend(q, q_pos, [Segment(k, v, kv_pos, used)], rule, out, prompt)
     scale = rule.scale or 1 / math.sqrt(dim)
     for row, head in np.ndindex(n, heads):
         group = head // 3
@@ -260,6 +261,21 @@ def test_attention_over_stored_keys(ops, rule, prompt, dtype, ragged):
         s = rule.softcap * np.tanh(s / rule.softcap) if rule.softcap else s
         p = np.exp(s - s.max())
         np.testing.assert_allclose(out[row, head], p / p.sum() @ values, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "generated"])
+def test_segments_are_attended_to_as_one(ops, prompt):
+    k, v, q = floats(2, 90, 16), floats(2, 90, 16), floats(4, 6, 16)
+    pos, q_pos, rule = (
+        np.arange(90, dtype=np.int32),
+        np.array([20, 50, 88, 89], np.int32),
+        AttnRule(window=60),
+    )
+    whole, split = np.zeros((2, 4, 6, 16), np.float32)
+    ops.attend(q, q_pos, [Segment(k, v, pos, 90)], rule, whole, prompt)
+    parts = [Segment(k[:, a:b], v[:, a:b], pos[a:b], b - a) for a, b in ((0, 33), (33, 33), (33, 90))]
+    ops.attend(q, q_pos, parts, rule, split, prompt)
+    np.testing.assert_allclose(split, whole, **close)
 
 
 def test_quantized_rows_do_not_depend_on_the_others(ops, tensors):

@@ -10,12 +10,16 @@ from .threads import COUNTERS, draw
 from .vector import I32, I64
 
 SHARED = (
-    *("q", "q_stride", "n", "heads", "kv_heads", "dim", "dim_v", "k", "k_stride", "v", "v_stride", "size"),
-    *("positions", "positions_stride", "used", "used_by_head", "q_pos", "window", "sinks", "scale", "cap"),
-    *("out", "out_stride", "scratch", "scratch_stride", "tile", "softmax"),
+    *("q", "q_stride", "n", "heads", "kv_heads", "dim", "dim_v", "q_pos", "window", "sinks", "scale", "cap"),
+    *("out", "out_stride", "segments", "scratch", "scratch_stride", "tile"),
 )
-DECODE = (*SHARED, "partials", "pieces", "scores", "mix")
-PROMPT = (*SHARED, "load_keys", "multiply", "load_values", "multiply_add", "blocks", "scale_row")
+# The fields of each segment follow those of its job.
+SEGMENT = (
+    *("k", "k_stride", "k_row", "v", "v_stride", "v_row", "positions", "positions_stride"),
+    *("used", "used_by_head", "pieces", "read_k", "read_v", "softmax"),
+)
+DECODE = (*SHARED, "partials", "pieces")
+PROMPT = (*SHARED, "multiply", "multiply_add", "blocks", "scale_row")
 PROMPT_VECTORS = 64
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32
 
@@ -41,48 +45,66 @@ def prompt_scratch_bytes(group, dim, dim_v):
     return 4 * (m * (dim + dim_v + TILE + 2) + TILE * (dim + dim_v)) + 512
 
 
+def _int32(v, address, index):
+    return v.b.sext(v.load(v.add(address, v.mul(index, 4)), I32), I64)
+
+
 class _View:
-    """The fields of a job and what follows from them."""
+    """The fields of a job and what follows from them; `first` is the address of its first segment."""
 
     def __init__(self, v, argument, names):
         self.v, self.f = v, read_fields(v, argument, names)
         self.group = v.divide(self.f["heads"], self.f["kv_heads"])
+        self.first = v.add(argument, 8 * len(names))
 
-    def int32(self, address, index):
-        return self.v.b.sext(self.v.load(self.v.add(address, self.v.mul(index, 4)), I32), I64)
-
-    def used(self, head):
-        """How many slots a key head has."""
-        v, slot = self.v, self.v.variable(self.f["used"])
-        with v.when(v.compare(self.f["used_by_head"], "!=", 0)):
-            v.set(slot, self.int32(self.f["used_by_head"], head))
-        return v.get(slot)
-
-    def positions(self, head):
-        return self.v.add(self.f["positions"], self.v.mul(head, self.f["positions_stride"]))
+    def q_pos(self, row):
+        return _int32(self.v, self.f["q_pos"], row)
 
     def query(self, row, head, base="q", width="dim"):
         """The address of a head of a row of the queries, or of the output."""
         v, f = self.v, self.f
         return v.add(f[base], v.mul(row, f[base + "_stride"]), v.mul(v.mul(head, f[width]), 4))
 
-    def row(self, base, head, slot, width):
+
+class _Segment:
+    """One key head of a segment."""
+
+    def __init__(self, view, address, head):
+        v = self.v = view.v
+        self.view, self.f, self.head = view, read_fields(v, address, SEGMENT), head
+        self.positions = v.add(self.f["positions"], v.mul(head, self.f["positions_stride"]))
+
+    def used(self):
+        """How many slots the head has."""
+        v, slot = self.v, self.v.variable(self.f["used"])
+        with v.when(v.compare(self.f["used_by_head"], "!=", 0)):
+            v.set(slot, _int32(v, self.f["used_by_head"], self.head))
+        return v.get(slot)
+
+    def row(self, base, slot):
         """The address of a slot's key or value."""
         v, f = self.v, self.f
-        return v.add(f[base], v.mul(head, f[base + "_stride"]), v.mul(v.mul(slot, f[width]), f["size"]))
+        return v.add(f[base], v.mul(self.head, f[base + "_stride"]), v.mul(slot, f[base + "_row"]))
 
-    def out_of_window(self, positions, start, count, q_pos):
+    def position(self, slot):
+        return _int32(self.v, self.positions, slot)
+
+    def out_of_window(self, start, count, q_pos):
         """Whether no query from q_pos on sees any of these slots for being too far back."""
-        v, f = self.v, self.f
-        last = self.int32(positions, v.sub(v.add(start, count), 1))
+        v, f = self.v, self.view.f
+        last = self.position(v.sub(v.add(start, count), 1))
         far = v.compare(last, "<=", v.sub(q_pos, f["window"]))
-        late = v.compare(self.int32(positions, start), ">=", f["sinks"])
+        late = v.compare(self.position(start), ">=", f["sinks"])
         return v.b.and_(v.compare(f["window"], "!=", 0), v.b.and_(far, late))
 
-    def softmax(self, row, positions, count, q_pos, state, factor):
-        f = self.f
+    def read(self, base, *args):
+        """Call the kernel that reads keys or values."""
+        call_kernel(self.v, self.f["read_" + base], *args)
+
+    def softmax(self, row, start, count, q_pos, state, factor):
+        f, positions = self.view.f, self.v.add(self.positions, self.v.mul(start, 4))
         rule = (f["window"], f["sinks"], f["scale"], f["cap"])
-        call_kernel(self.v, f["softmax"], row, positions, count, q_pos, *rule, state, factor)
+        call_kernel(self.v, self.f["softmax"], row, positions, count, q_pos, *rule, state, factor)
 
 
 @emitter("attend_decode")
@@ -95,7 +117,9 @@ def attend_decode(v, args):
     with v.repeat() as leave:
         item = draw(v, v.add(control, COUNTERS))
         leave(v.compare(item, ">=", v.mul(f["pieces"], f["kv_heads"])))
-        _one_piece(v, view, scratch, v.divide(item, f["pieces"]), v.remainder(item, f["pieces"]))
+        g, piece = v.divide(item, f["pieces"]), v.remainder(item, f["pieces"])
+        address, within = _find(v, view, piece)
+        _one_piece(v, view, _Segment(view, address, g), scratch, piece, within)
     write(v, "barrier", control, team)
     stride = v.add(v.mul(f["dim_v"], 4), 64)
     with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
@@ -104,15 +128,25 @@ def attend_decode(v, args):
         write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.query(row, head, "out", "dim_v"))
 
 
-def _one_piece(v, view, scratch, g, piece):
-    """Every query of a key head against one piece of its slots."""
-    f, tile = view.f, view.f["tile"]
-    start = v.mul(piece, PIECE)
-    count = v.smin(v.sub(view.used(g), start), PIECE)
-    positions = view.positions(g)
+def _find(v, view, piece):
+    """The address of the segment that a piece belongs to, and the piece's number within it."""
+    segment, left = v.variable(view.first), v.variable(piece)
+    with v.repeat() as leave:
+        there = v.load(v.add(v.get(segment), 8 * SEGMENT.index("pieces")), I64)
+        leave(v.compare(v.get(left), "<", there))
+        v.set(left, v.sub(v.get(left), there))
+        v.set(segment, v.add(v.get(segment), 8 * len(SEGMENT)))
+    return v.get(segment), v.get(left)
+
+
+def _one_piece(v, view, segment, scratch, piece, within):
+    """Every query of a key head against one piece of its slots, the piece `within` of its segment."""
+    f, g, tile = view.f, segment.head, view.f["tile"]
+    start = v.mul(within, PIECE)
+    count = v.smin(v.sub(segment.used(), start), PIECE)
     empty = v.variable(v.compare(count, "<=", 0))
     with v.when(v.b.not_(v.get(empty))):
-        v.set(empty, view.out_of_window(positions, start, count, view.int32(f["q_pos"], v.i(0))))
+        v.set(empty, segment.out_of_window(start, count, view.q_pos(v.i(0))))
     some = v.b.not_(v.get(empty))
     total = v.mul(f["n"], view.group)
     weights, sums = v.add(scratch, 128), v.add(scratch, 128, v.mul(tile, 4 * PIECE))
@@ -121,20 +155,17 @@ def _one_piece(v, view, scratch, g, piece):
             with v.loop(0, tile) as i:
                 query = v.smin(v.add(first, i), v.sub(total, 1))
                 v.store(v.add(scratch, v.mul(i, 8)), _query_address(v, view, g, query))
-            k = view.row("k", g, start, "dim")
-            row_bytes = v.mul(f["dim"], f["size"])
-            call_kernel(v, f["scores"], scratch, k, row_bytes, count, f["dim"], weights)
+            k = segment.row("k", start)
+            segment.read("k", scratch, k, segment.f["k_row"], count, f["dim"], weights)
         with v.loop(0, v.smin(tile, v.sub(total, first))) as i:
             row, partial = _partial(v, view, g, v.add(first, i), piece)
             v.store(partial, I64(FRESH))
             with v.when(some):
                 there = v.add(weights, v.mul(i, 4 * PIECE))
-                here = v.add(positions, v.mul(start, 4))
-                view.softmax(there, here, count, view.int32(f["q_pos"], row), partial, v.add(partial, 8))
+                segment.softmax(there, start, count, view.q_pos(row), partial, v.add(partial, 8))
         with v.when(some):
-            values, size = view.row("v", g, start, "dim_v"), v.mul(f["dim_v"], 4)
-            row_bytes = v.mul(f["dim_v"], f["size"])
-            call_kernel(v, f["mix"], weights, values, row_bytes, count, f["dim_v"], sums, size)
+            values, size = segment.row("v", start), v.mul(f["dim_v"], 4)
+            segment.read("v", weights, values, segment.f["v_row"], count, f["dim_v"], sums, size)
             with v.loop(0, v.smin(tile, v.sub(total, first))) as i:
                 _, partial = _partial(v, view, g, v.add(first, i), piece)
                 v.copy(v.add(partial, 64), v.add(sums, v.mul(i, size)), size)
@@ -204,39 +235,43 @@ def _prompt_item(v, view, scratch, g, start, rows):
         v.copy(v.add(item.queries, v.mul(i, wide)), view.query(*place(i)), wide)
         v.store(v.add(item.state, v.mul(i, 8)), I64(FRESH))
     v.clear(item.sums, v.mul(m, wide_v))
-    positions, used = view.positions(g), view.used(g)
-    first_pos = view.int32(f["q_pos"], start)
-    last_pos = view.int32(f["q_pos"], v.sub(v.add(start, rows), 1))
-    slot = v.variable(I64(0))
-    with v.repeat() as leave:
-        at = v.get(slot)
-        leave(v.compare(at, ">=", used))
-        leave(v.compare(view.int32(positions, at), ">", last_pos))
-        count = v.smin(v.sub(used, at), TILE)
-        with v.when(v.b.not_(view.out_of_window(positions, at, count, first_pos))):
-            _prompt_tile(v, view, item, g, start, at, count, positions)
-        v.set(slot, v.add(at, TILE))
+    with v.loop(0, f["segments"]) as k:
+        segment = _Segment(view, v.add(view.first, v.mul(k, 8 * len(SEGMENT))), g)
+        _prompt_segment(v, view, segment, item, start, rows)
     with v.loop(0, m) as i:
         source, total = v.add(item.sums, v.mul(i, wide_v)), v.add(item.state, v.mul(i, 8), 4)
         write(v, "divide_row", view.query(*place(i), "out", "dim_v"), source, f["dim_v"], total)
 
 
-def _prompt_tile(v, view, item, g, start, at, count, positions):
+def _prompt_segment(v, view, segment, item, start, rows):
+    """Some rows of a prompt against the tiles of a segment that they may see."""
+    used = segment.used()
+    first_pos, last_pos = view.q_pos(start), view.q_pos(v.sub(v.add(start, rows), 1))
+    slot = v.variable(I64(0))
+    with v.repeat() as leave:
+        at = v.get(slot)
+        leave(v.compare(at, ">=", used))
+        leave(v.compare(segment.position(at), ">", last_pos))
+        count = v.smin(v.sub(used, at), TILE)
+        with v.when(v.b.not_(segment.out_of_window(at, count, first_pos))):
+            _prompt_tile(v, view, segment, item, start, at, count)
+        v.set(slot, v.add(at, TILE))
+
+
+def _prompt_tile(v, view, segment, item, start, at, count):
     """One tile of slots: scores, softmax, weighted values."""
     f = view.f
     wide, wide_v = v.mul(f["dim"], 4), v.mul(f["dim_v"], 4)
-    row_bytes = v.mul(f["dim"], f["size"])
-    call_kernel(v, f["load_keys"], view.row("k", g, at, "dim"), row_bytes, count, f["dim"], item.keys)
+    segment.read("k", segment.row("k", at), segment.f["k_row"], count, f["dim"], item.keys)
     strides = (wide, item.keys, 4 * TILE, item.weights, 4 * TILE)
     call_kernel(v, f["multiply"], item.queries, *strides, item.m, f["dim"])
     with v.loop(0, item.m) as i:
-        q_pos = view.int32(f["q_pos"], v.add(start, v.divide(i, view.group)))
+        q_pos = view.q_pos(v.add(start, v.divide(i, view.group)))
         row, state = v.add(item.weights, v.mul(i, 4 * TILE)), v.add(item.state, v.mul(i, 8))
-        view.softmax(row, v.add(positions, v.mul(at, 4)), count, q_pos, state, item.factor)
+        segment.softmax(row, at, count, q_pos, state, item.factor)
         there = v.add(item.sums, v.mul(i, wide_v))
         call_kernel(v, f["scale_row"], there, there, f["dim_v"], item.factor)
-    row_bytes = v.mul(f["dim_v"], f["size"])
-    call_kernel(v, f["load_values"], view.row("v", g, at, "dim_v"), row_bytes, count, f["dim_v"], item.values)
+    segment.read("v", segment.row("v", at), segment.f["v_row"], count, f["dim_v"], item.values)
     with v.loop(0, f["dim_v"], v.mul(f["blocks"], 16)) as column:
         values, sums = (v.add(base, v.mul(column, 4)) for base in (item.values, item.sums))
         head = (item.weights, 4 * TILE, values, wide_v, sums, wide_v)

@@ -1,23 +1,21 @@
 """Attention over a cache of keys and values: one kernel for generated tokens, one for prompts.
 
-Both see slots [first, used) of [kv_heads, capacity, dim] arrays of float16 or float32, a position for each slot in
-increasing order, and a rule (window, sinks, softcap, scale). A generated token's slots are cut into pieces of 512, each
-summed by itself and combined in order; a prompt's into tiles of 64 with a running softmax (Milakov and Gimelshein 2018;
-Dao et al. 2022). Pieces and tiles begin at fixed slots, so a row's result depends only on what it sees.
+Both see segments: slots [first, used) of rows of keys and values in one of the types of stored.py, a position for each
+slot in increasing order; and a rule (window, sinks, softcap, scale). A generated token's slots are cut into pieces of
+512, each summed by itself and combined in order; a prompt's into tiles of 64 with a running softmax (Milakov and
+Gimelshein 2018; Dao et al. 2022). Pieces and tiles begin at fixed slots, so that a row's result depends only on what it
+sees.
 """
 
 from .emit import TARGET, emitter
 from .rows import tanh
+from .stored import span, unpack
 from .vector import F32, I32, I64, const, fill
 
 PIECE = 512
 TILE = 64
 GEMM_ROWS = 6 if TARGET.wide else 2
 NEVER = float("-inf")
-
-
-def _load_row(v, address, half, lanes):
-    return v.load_half(address, lanes) if half else v.load(address, F32, lanes)
 
 
 def _reduce_many(v, accs):
@@ -34,27 +32,27 @@ def _reduce_many(v, accs):
 
 
 @emitter("scores")
-def scores(v, args, heads, half):
+def scores(v, args, heads, type):
     """q.k for `heads` queries and all slots of a piece.
 
     Arguments: queries (addresses, int64 x heads), k (first slot), row bytes, count, dim, out (float32 [heads][512]).
     """
     queries, k, row_bytes, count, dim, out = args[:6]
-    heads, half = int(heads), half == "1"
+    heads = int(heads)
     slots = 16 // heads
-    size = 2 if half else 4
     qs = [v.load(v.add(queries, 8 * h), I64) for h in range(heads)]
     last = v.sub(count, 1)
     with v.loop(0, count, slots) as slot:
         rows = [v.add(k, v.mul(v.smin(v.add(slot, s), last), row_bytes)) for s in range(slots)]
         accs = [v.variable(fill(F32, 16, 0.0)) for _ in range(16)]
-        with v.loop(0, dim, 16) as d:
-            keys = [_load_row(v, v.add(row, v.mul(d, size)), half, 16) for row in rows]
-            parts = [v.load(v.add(q, v.mul(d, 4)), F32, 16) for q in qs]
-            for h in range(heads):
-                for s in range(slots):
-                    slot_acc = accs[h * slots + s]
-                    v.set(slot_acc, v.fma(parts[h], keys[s], v.get(slot_acc)))
+        with v.loop(0, dim, span(type)) as d:
+            keys = [unpack(v, type, row, d) for row in rows]
+            for i in range(span(type) // 16):
+                parts = [v.load(v.add(q, v.mul(d, 4), 64 * i), F32, 16) for q in qs]
+                for h in range(heads):
+                    for s in range(slots):
+                        slot_acc = accs[h * slots + s]
+                        v.set(slot_acc, v.fma(parts[h], keys[s][i], v.get(slot_acc)))
         sums = _reduce_many(v, [v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * slots, slots)
@@ -130,19 +128,20 @@ def _positions(v, positions, at, count, lanes):
 
 
 @emitter("mix")
-def mix(v, args, heads, blocks, half):
+def mix(v, args, heads, blocks, type):
     """Weighted sums of value rows: out[h] = sum of p[h][slot] * value[slot].
 
     Arguments: p (float32 [heads][512]), values (first slot), row bytes, count, dim, out, out stride (bytes).
     """
     p, values, row_bytes, count, dim, out, out_stride = args[:7]
-    heads, blocks, half = int(heads), int(blocks), half == "1"
-    size, width = 2 if half else 4, 16 * blocks
+    heads, blocks = int(heads), int(blocks)
+    width = 16 * blocks
     with v.loop(0, dim, width) as d:
         accs = [[v.variable(fill(F32, 16, 0.0)) for _ in range(blocks)] for _ in range(heads)]
         with v.loop(0, count) as slot:
-            row = v.add(values, v.mul(slot, row_bytes), v.mul(d, size))
-            parts = [_load_row(v, v.add(row, 16 * size * k), half, 16) for k in range(blocks)]
+            row = v.add(values, v.mul(slot, row_bytes))
+            starts = [v.add(d, at) for at in range(0, width, span(type))]
+            parts = [part for start in starts for part in unpack(v, type, row, start)]
             for h in range(heads):
                 weight = v.splat(v.load(v.add(p, h * PIECE * 4, v.mul(slot, 4)), F32), 16)
                 for k in range(blocks):
@@ -180,24 +179,25 @@ def small_gemm(v, args, blocks, add):
 
 
 @emitter("load_tile")
-def load_tile(v, args, half, turned):
+def load_tile(v, args, type, turned):
     """A tile of 64 slots as float32: source, row bytes, count, dim, target; [64][dim], or turned [dim][64].
 
     Slots past `count` repeat the last one.
     """
     source, row_bytes, count, dim, target = args[:5]
-    half = half == "1"
-    size, last = 2 if half else 4, v.sub(count, 1)
+    last = v.sub(count, 1)
     with v.loop(0, TILE, 16) as slot:
         rows = [v.add(source, v.mul(v.smin(v.add(slot, i), last), row_bytes)) for i in range(16)]
-        with v.loop(0, dim, 16) as d:
-            loads = [_load_row(v, v.add(row, v.mul(d, size)), half, 16) for row in rows]
-            if turned == "1":
-                for j, column in enumerate(v.transpose16(loads)):
-                    v.store(v.add(target, v.mul(v.add(d, j), 4 * TILE), v.mul(slot, 4)), column)
-            else:
-                for i, row in enumerate(loads):
-                    v.store(v.add(target, v.mul(v.mul(v.add(slot, i), dim), 4), v.mul(d, 4)), row)
+        with v.loop(0, dim, span(type)) as start:
+            loads = [unpack(v, type, row, start) for row in rows]
+            for k in range(span(type) // 16):
+                d, part = v.add(start, 16 * k), [load[k] for load in loads]
+                if turned == "1":
+                    for j, column in enumerate(v.transpose16(part)):
+                        v.store(v.add(target, v.mul(v.add(d, j), 4 * TILE), v.mul(slot, 4)), column)
+                else:
+                    for i, row in enumerate(part):
+                        v.store(v.add(target, v.mul(v.mul(v.add(slot, i), dim), 4), v.mul(d, 4)), row)
 
 
 def _times(v, target, source, count, factor):

@@ -30,8 +30,9 @@ ROPE_ROWS = ("x", "x_stride", "heads", "dim", "positions", "cosines", "sines", "
 FINISH_ROWS = ("x", "x_stride", "columns", "out", "out_stride", "n", "scale")
 SOFTCAP_ROWS = ("x", "x_stride", "columns", "n", "scale", "cap")
 STORE_ROWS = (
-    *("target", "target_stride", "first", "first_by_head", "source", "source_stride", "source_head_stride"),
-    *("n", "heads", "dim", "size", "slots", "slots_stride", "positions"),
+    *("target", "target_stride", "row", "first", "first_by_head"),
+    *("source", "source_stride", "source_head_stride"),
+    *("n", "heads", "dim", "write", "slots", "slots_stride", "positions"),
 )
 PIECES_A_THREAD = 4
 ALIGN = 32
@@ -204,25 +205,20 @@ def softcap_rows(v, args):
 
 @emitter("store_rows")
 def store_rows(v, args):
-    """Copy rows into a cache as float16 or float32 (size 2 or 4 bytes), and their positions; fields STORE_ROWS."""
+    """Write rows into a cache, each by the kernel `write` into `row` bytes, and positions; fields STORE_ROWS."""
     _, argument, me, team = args[:4]
     f = read_fields(v, argument, STORE_ROWS)
-    half = v.compare(f["size"], "==", 2)
     with v.loop(me, f["n"], team) as row:
         with v.loop(0, f["heads"]) as head:
             slot = v.variable(f["first"])
             with v.when(v.compare(f["first_by_head"], "!=", 0)):
                 by_head = v.load(v.add(f["first_by_head"], v.mul(head, 4)), I32)
                 v.set(slot, v.b.sext(by_head, I64))
-            place = v.mul(v.mul(v.add(v.get(slot), row), f["dim"]), f["size"])
+            place = v.mul(v.add(v.get(slot), row), f["row"])
             target = v.add(f["target"], v.mul(head, f["target_stride"]), place)
             source = v.add(f["source"], v.mul(row, f["source_stride"]), v.mul(head, f["source_head_stride"]))
             with v.when(v.compare(f["positions"], "!=", 0)):
                 place = v.mul(v.add(v.get(slot), row), 4)
                 there = v.add(f["slots"], v.mul(head, f["slots_stride"]), place)
                 v.store(there, v.load(v.add(f["positions"], v.mul(row, 4)), I32), 4)
-            with v.b.if_else(half) as (yes, no):
-                with yes:
-                    write(v, "to_half", target, source, f["dim"])
-                with no:
-                    v.copy(target, source, v.mul(f["dim"], 4))
+            call_kernel(v, f["write"], target, source, f["dim"])

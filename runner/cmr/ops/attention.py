@@ -1,0 +1,168 @@
+"""Attention of the op table for CPUs: storing keys and values, and attending to what is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cmr.ops.kernels import attend, attention, jobs
+from cmr.ops.kernels.stored import WRITERS
+from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
+from cmr.ops.records import Segment
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of attend: queries float32 [n, heads, dim] at q_pos, segments, rule, and out [n, heads, dim_v]."""
+
+    q: np.ndarray
+    q_pos: np.ndarray
+    segments: list[Segment]
+    rule: Any
+    out: np.ndarray
+
+    @property
+    def group(self) -> int:
+        """Query heads to a key head."""
+        return self.q.shape[1] // len(self.segments[0].k)
+
+    @property
+    def slots(self) -> int:
+        """The most slots that a head has, over all segments."""
+        return sum(segment.most for segment in self.segments)
+
+    @property
+    def work(self) -> int:
+        """Elements of keys that are multiplied."""
+        return self.q.size * self.slots
+
+    def fields(self) -> tuple[int, ...]:
+        """The fields of a job up to its scratch."""
+        q, out, rule = self.q, self.out, self.rule
+        n, heads, dim = q.shape
+        scale = 1 / math.sqrt(dim) if rule.scale is None else rule.scale
+        return (
+            *(address_of(q), q.strides[0], n, heads, len(self.segments[0].k), dim, out.shape[2]),
+            *(address_of(self.q_pos), rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
+            *(address_of(out), out.strides[0], len(self.segments)),
+        )
+
+
+class AttentionOps(Launcher):
+    """What `cmr.ops.table.Ops` says of keys and values."""
+
+    def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
+        n, used = len(pos), segment.used
+        by_head, first = (0, used) if isinstance(used, int) else (address_of(used), 0)
+        pos = np.ascontiguousarray(pos, np.int32)
+        places = (address_of(segment.pos), segment.pos_stride, address_of(pos))
+        parts = ((segment.k, segment.k_type, k_new, places), (segment.v, segment.v_type, v_new, (0, 0, 0)))
+        for target, type, source, where in parts:
+            fields = (
+                *(address_of(target), target.strides[0], target.strides[1], first, by_head),
+                *(address_of(source), source.strides[0], source.strides[1]),
+                *(n, len(target), source.shape[2], self.kernel(WRITERS[type]), *where),
+            )
+            start = self._run("store_rows", n * len(target) * source.shape[2], fields)
+            if self._program is not None:
+                self._program.firsts.append(start + jobs.STORE_ROWS.index("first"))
+
+    def attend(
+        self,
+        q: np.ndarray,
+        q_pos: np.ndarray,
+        segments: list[Segment],
+        rule: Any,
+        out: np.ndarray,
+        prompt: bool,
+    ) -> None:
+        call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out)
+        if q.shape[2] % 16 or out.shape[2] % 16:
+            self._attend_padded(call, prompt)
+        elif prompt:
+            self._attend_prompt(call)
+        else:
+            self._attend_decode(call)
+
+    def _attend_prompt(self, call: Call) -> None:
+        """Attention of a prompt's rows, a running softmax over tiles of slots."""
+        dim, dim_v, group = call.q.shape[2], call.out.shape[2], call.group
+        blocks = _value_blocks(dim_v)
+        scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
+        multiply = (self.kernel("small_gemm:4:0"), self.kernel(f"small_gemm:{blocks}:1"), blocks)
+        fields = [*call.fields(), *scratch, attend.prompt_tokens(group), *multiply, self.kernel("scale_row")]
+        for segment in call.segments:
+            kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0", "softmax")
+            fields += self._segment(segment, 0, kernels)
+        self._run("attend_prompt", call.work, tuple(fields), True, 1)
+
+    def _attend_decode(self, call: Call) -> None:
+        """Attention of a few generated rows, each piece of 512 slots by itself."""
+        n, heads, _ = call.q.shape
+        dim_v = call.out.shape[2]
+        tile = min(4, 1 << (n * call.group - 1).bit_length())
+        pieces = [max(1, -(-segment.most // attention.PIECE)) for segment in call.segments]
+        partials = self._partials.reach(n * heads * sum(pieces) * attend.piece_bytes(dim_v))
+        scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
+        fields = [*call.fields(), *scratch, tile, partials, sum(pieces)]
+        for segment, count in zip(call.segments, pieces):
+            blocks = _value_blocks(dim_v)
+            kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}", "softmax")
+            fields += self._segment(segment, count, kernels)
+        start = self._run("attend_decode", call.work, tuple(fields), False, 1)
+        if self._program is not None:
+            self._note(call, pieces, start + len(attend.DECODE))
+
+    def _segment(self, segment: Segment, pieces: int, kernels: tuple[str, str, str]) -> tuple[int, ...]:
+        """The fields attend.SEGMENT."""
+        k, v, used = segment.k, segment.v, segment.used
+        return (
+            *(address_of(k), k.strides[0], k.strides[1], address_of(v), v.strides[0], v.strides[1]),
+            *(address_of(segment.pos), segment.pos_stride),
+            *(segment.most, 0 if isinstance(used, int) else address_of(used), pieces),
+            *map(self.kernel, kernels),
+        )
+
+    def _note(self, call: Call, pieces: list[int], start: int) -> None:
+        """Note in the program being recorded which fields grow with the segments, and how far they may."""
+        program = self._program
+        assert program is not None
+        alone = self._team_for(call.work, False) == 1
+        for at, (segment, count) in enumerate(zip(call.segments, pieces)):
+            if not segment.grows:
+                continue
+            place = attend.SEGMENT.index("used") + at * len(attend.SEGMENT)
+            program.counts.append(start + place)
+            few = SMALL_WORK // call.q.size - call.slots + segment.most if alone else program.limit
+            program.limit = min(program.limit, few, count * attention.PIECE)
+
+    def _attend_padded(self, call: Call, prompt: bool) -> None:
+        """Attention for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""
+        if self._program is not None:
+            self._program.limit = -1  # the copies are no jobs
+        q, out, rule = call.q, call.out, call.rule
+        scale = 1 / math.sqrt(q.shape[2]) if rule.scale is None else rule.scale
+        there = np.empty((*out.shape[:2], _padded(out.shape[2])), np.float32)
+        held = [(*segment.held(), segment) for segment in call.segments]
+        segments = [Segment(_widened(k), _widened(v), s.pos, s.used) for k, v, s in held]
+        self.attend(_widened(q), call.q_pos, segments, replace(rule, scale=scale), there, prompt)
+        out[:] = there[..., : out.shape[2]]
+
+
+def _value_blocks(dim_v: int) -> int:
+    """How many vectors of a value's row are summed at once."""
+    return next(size for size in (4, 3, 2, 1) if dim_v // 16 % size == 0)
+
+
+def _padded(dim: int) -> int:
+    return (dim + 15) // 16 * 16
+
+
+def _widened(a: np.ndarray) -> np.ndarray:
+    """A float32 copy of [.., .., d] with zeros up to a multiple of 16."""
+    out = np.zeros((*a.shape[:2], _padded(a.shape[2])), np.float32)
+    out[..., : a.shape[2]] = a
+    return out
