@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 UNIT = 2.0**-24
+BLOCK = 64  # slots; caches hold whole blocks
 NEVER = 1 << 30
 KINDS = {"cumulative-weights": 0, "window-weights": NEVER}  # the position that queries count from at first
 
@@ -33,15 +34,16 @@ class Noted:
         self._forget()
 
     def rows(self, q_pos: np.ndarray, slots: int, prompt: bool) -> np.ndarray | None:
-        """Return zeros for an attention to write into, int64 [rows, kv_heads, slots]; a prompt's share one row.
+        """Return zeros for an attention to write into, [rows, kv_heads, slots rounded up to whole blocks].
 
-        None where no query counts; q_pos, int32 [n], increases.
+        int32; a prompt's rows share one, int64. None where no query counts; q_pos, int32 [n], increases.
         """
         if q_pos[-1] < self.since:
             return None
         self.add()
         self._starts, self._stop = q_pos[:1] if prompt else q_pos.copy(), int(q_pos[-1]) + 1
-        self._rows = np.zeros((len(self._starts), self.kv_heads, slots), np.int64)
+        shape = (len(self._starts), self.kv_heads, -(-slots // BLOCK) * BLOCK)
+        self._rows = np.zeros(shape, np.int64 if prompt else np.int32)
         return self._rows
 
     def add(self) -> None:

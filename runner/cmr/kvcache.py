@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cmr.evidence import KINDS, UNIT, Noted
+from cmr.evidence import BLOCK, KINDS, UNIT, Noted
 from cmr.ops.records import Segment
 
-BLOCK = 64  # capacity is a multiple of this many slots
+GENERATIONS = count(1)
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,8 @@ class LayerCache:
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
         rows = None if self.noted is None else self.noted.rows(q_pos, len(self), prompt)
-        where = (q, q_pos, [self._segment()], rule, out, prompt)
-        if rows is None or self.noted is None:
-            self.ops.attend(*where)
-        else:
-            self.ops.attend_noting(*where, rows, self.noted.since)
+        since = 0 if self.noted is None else self.noted.since
+        self.ops.attend(q, q_pos, [self._segment()], rule, out, prompt, rows, since)
 
     # -- what attention was seen to do --
 

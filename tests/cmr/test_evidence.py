@@ -11,14 +11,13 @@ from cmr.ops import open_ops
 
 RULES = (AttnRule(), AttnRule(window=20), AttnRule(window=20, sinks=4), AttnRule(softcap=2.0, scale=0.7))
 HEADS, KV_HEADS, DIM = 6, 2, 16
+SHAPES = [(1, 1, 16, 16), (4, 2, 64, 64), (7, 1, 24, 8), (8, 8, 32, 16), (32, 2, 16, 48)]
 UNIT = 2.0**-24
 
 
 @pytest.fixture(scope="module")
 def ops(device):
     table = open_ops(device, threads=2)
-    if not hasattr(table, "attend_noting"):
-        pytest.skip("the compiled kernels do not note weights yet")
     yield table
     table.close()
 
@@ -33,24 +32,25 @@ def cache(ops):
 class Text:
     """Random queries, keys and values for positions 0 to n - 1."""
 
-    def __init__(self, n, seed=0):
-        rng = np.random.default_rng(seed)
-        self.n, self.pos = n, np.arange(n, dtype=np.int32)
-        self.q = 2 * rng.standard_normal((n, HEADS, DIM)).astype(np.float32)
-        self.k, self.v = (rng.standard_normal((n, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
+    def __init__(self, n, heads=HEADS, kv_heads=KV_HEADS, dim=DIM, dim_v=DIM):
+        rng = np.random.default_rng(0)
+        self.n, self.pos, self.heads, self.kv_heads = n, np.arange(n, dtype=np.int32), heads, kv_heads
+        self.q = 2 * rng.standard_normal((n, heads, dim)).astype(np.float32)
+        self.k, self.v = (rng.standard_normal((n, kv_heads, d)).astype(np.float32) for d in (dim, dim_v))
 
     def feed(self, cache, start, stop, rule=RULES[0], prompt=True):
         """Append and attend to rows start to stop; the output."""
         rows = slice(start, stop)
-        out = np.full((stop - start, HEADS, DIM), np.nan, np.float32)
+        out = np.full((stop - start, self.heads, self.v.shape[2]), np.nan, np.float32)
         cache.append(self.k[rows], self.v[rows], self.pos[rows])
         cache.attend(self.q[rows], self.pos[rows], rule, out, prompt)
         return out
 
     def weights(self, rule, rows):
         """The weights of each row's heads in float64, keys as the cache has them: [len(rows), heads, n]."""
-        k = np.repeat(self.k.astype(np.float16).astype(np.float64), HEADS // KV_HEADS, axis=1)
-        scores = np.einsum("nhd,thd->nht", self.q[rows].astype(np.float64), k) * (rule.scale or DIM**-0.5)
+        k = np.repeat(self.k.astype(np.float16).astype(np.float64), self.heads // self.kv_heads, axis=1)
+        scores = np.einsum("nhd,thd->nht", self.q[rows].astype(np.float64), k)
+        scores *= rule.scale or self.q.shape[2] ** -0.5
         if rule.softcap:
             scores = rule.softcap * np.tanh(scores / rule.softcap)
         far = self.pos[rows, None] - self.pos[None, :]
@@ -62,7 +62,7 @@ class Text:
 
     def sums(self, rule, rows):
         """The weights of rows summed over them and over the query heads of a key head."""
-        return self.weights(rule, rows).sum(0).reshape(KV_HEADS, -1, self.n).sum(1)
+        return self.weights(rule, rows).sum(0).reshape(self.kv_heads, -1, self.n).sum(1)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -70,13 +70,25 @@ class Text:
 def test_sums_are_those_of_the_definition(cache, rule, n):
     text = Text(n + 3)
     text.feed(cache, 0, n, rule)
-    wanted = Text.sums(text, rule, np.arange(n))
+    wanted = text.sums(rule, np.arange(n))
     np.testing.assert_allclose(cache.weights(), wanted[:, :n], rtol=2e-5, atol=n * 3 * UNIT)
     for row in range(n, n + 3):
         text.feed(cache, row, row + 1, rule, prompt=False)
     np.testing.assert_allclose(
         cache.weights(), text.sums(rule, np.arange(n + 3)), rtol=2e-5, atol=(n + 3) * 3 * UNIT
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_sums_for_every_shape(ops, shape, prompt):
+    text, cache = Text(150, *shape), LayerCache(ops, *shape[1:])
+    cache.note("cumulative-weights")
+    text.feed(cache, 0, 141, RULES[2])
+    cache.follow(143)
+    text.feed(cache, 141, 150, RULES[2], prompt)
+    wanted = text.sums(RULES[2], np.arange(143, 150))
+    np.testing.assert_allclose(cache.weights(), wanted, rtol=3e-5, atol=7 * shape[0] * UNIT)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

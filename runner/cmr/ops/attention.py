@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cmr.ops.kernels import attend, attention, jobs
+from cmr.ops.kernels import attend, attention, jobs, noting
 from cmr.ops.kernels.stored import WRITERS
 from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
 from cmr.ops.records import Segment
@@ -16,13 +16,18 @@ from cmr.ops.records import Segment
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """One call of attend: queries float32 [n, heads, dim] at q_pos, segments, rule, and out [n, heads, dim_v]."""
+    """One call of attend: queries float32 [n, heads, dim] at q_pos, segments, rule, and out [n, heads, dim_v].
+
+    `noted` takes the weights that slots get from queries at `since` and later.
+    """
 
     q: np.ndarray
     q_pos: np.ndarray
     segments: list[Segment]
     rule: Any
     out: np.ndarray
+    noted: np.ndarray | None = None
+    since: int = 0
 
     @property
     def group(self) -> int:
@@ -49,6 +54,13 @@ class Call:
             *(address_of(self.q_pos), rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
             *(address_of(out), out.strides[0], len(self.segments)),
         )
+
+    def notes(self, room: int = 0, each: int = 0) -> tuple[int, ...]:
+        """The fields noting.NOTES, with room for weights, `each` bytes for a thread."""
+        noted = self.noted
+        if noted is None:
+            return (0,) * len(noting.NOTES)
+        return (address_of(noted), noted.strides[0], noted.strides[1], self.since, room, each)
 
 
 class AttentionOps(Launcher):
@@ -78,8 +90,10 @@ class AttentionOps(Launcher):
         rule: Any,
         out: np.ndarray,
         prompt: bool,
+        noted: np.ndarray | None = None,
+        since: int = 0,
     ) -> None:
-        call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out)
+        call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out, noted, since)
         if q.shape[2] % 16 or out.shape[2] % 16:
             self._attend_padded(call, prompt)
         elif prompt:
@@ -93,7 +107,9 @@ class AttentionOps(Launcher):
         blocks = _value_blocks(dim_v)
         scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
         multiply = (self.kernel("small_gemm:4:0"), self.kernel(f"small_gemm:{blocks}:1"), blocks)
-        fields = [*call.fields(), *scratch, attend.prompt_tokens(group), *multiply, self.kernel("scale_row")]
+        notes = call.notes(*self._notes_room(call)) if call.noted is not None else call.notes()
+        tokens = attend.prompt_tokens(group)
+        fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
             kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0", "softmax")
             fields += self._segment(segment, 0, kernels)
@@ -107,7 +123,11 @@ class AttentionOps(Launcher):
         pieces = [max(1, -(-segment.most // attention.PIECE)) for segment in call.segments]
         partials = self._partials.reach(n * heads * sum(pieces) * attend.piece_bytes(dim_v))
         scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
-        fields = [*call.fields(), *scratch, tile, partials, sum(pieces)]
+        room = 0
+        if call.noted is not None:
+            kv_heads = len(call.segments[0].k)
+            room = self._notes.reach(noting.decode_room_bytes(n * call.group, kv_heads, sum(pieces), tile))
+        fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.notes(room)]
         for segment, count in zip(call.segments, pieces):
             blocks = _value_blocks(dim_v)
             kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}", "softmax")
@@ -115,6 +135,12 @@ class AttentionOps(Launcher):
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
             self._note(call, pieces, start + len(attend.DECODE))
+
+    def _notes_room(self, call: Call) -> tuple[int, int]:
+        """Room for the weights of a prompt's work items: address, and bytes for each thread."""
+        each = noting.prompt_room_bytes(attend.prompt_tokens(call.group) * call.group, call.slots)
+        each = (each + 63) // 64 * 64
+        return self._notes.reach(each * self._pool.threads), each
 
     def _segment(self, segment: Segment, pieces: int, kernels: tuple[str, str, str]) -> tuple[int, ...]:
         """The fields attend.SEGMENT."""
@@ -148,7 +174,8 @@ class AttentionOps(Launcher):
         there = np.empty((*out.shape[:2], _padded(out.shape[2])), np.float32)
         held = [(*segment.held(), segment) for segment in call.segments]
         segments = [Segment(_widened(k), _widened(v), s.pos, s.used) for k, v, s in held]
-        self.attend(_widened(q), call.q_pos, segments, replace(rule, scale=scale), there, prompt)
+        rule = replace(rule, scale=scale)
+        self.attend(_widened(q), call.q_pos, segments, rule, there, prompt, call.noted, call.since)
         out[:] = there[..., : out.shape[2]]
 
 

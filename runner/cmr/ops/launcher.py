@@ -92,6 +92,7 @@ class Launcher:
         self._addresses: dict[str, int] = {}
         self._fields = {name: Fields(len(names)) for name, names in JOBS.items()}
         self._x, self._y, self._space, self._partials = Scratch(), Scratch(), Scratch(), Scratch()
+        self._notes = Scratch()
         self._program: Program | None = None
 
     def close(self) -> None:

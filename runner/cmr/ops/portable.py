@@ -199,19 +199,8 @@ class PortableOps:
         rule: Any,
         out: np.ndarray,
         prompt: bool,
-    ) -> None:
-        self.attend_noting(q, q_pos, segments, rule, out, prompt, None, 0)
-
-    def attend_noting(
-        self,
-        q: np.ndarray,
-        q_pos: np.ndarray,
-        segments: list[Segment],
-        rule: Any,
-        out: np.ndarray,
-        prompt: bool,
-        noted: np.ndarray | None,
-        since: int,
+        noted: np.ndarray | None = None,
+        since: int = 0,
     ) -> None:
         scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
         kv_heads = len(segments[0].k)
@@ -227,7 +216,7 @@ class PortableOps:
                 weights = _softmax(scores, rule.softcap)
                 out[row, heads] = weights.T @ values
                 if noted is not None and p >= since:
-                    counts = np.rint(weights / UNIT).astype(np.int64).sum(1)
+                    counts = np.rint(weights / UNIT).sum(1).astype(noted.dtype)
                     noted[0 if prompt else row, group, seen[0]] += counts  # notes are of a single segment
 
     def close(self) -> None:

@@ -121,6 +121,8 @@ class Ops(Protocol):
         rule: Any,
         out: np.ndarray,
         prompt: bool,
+        noted: np.ndarray | None = None,
+        since: int = 0,
     ) -> None:
         """Attend from q, float32 [n, heads, dim], to the slots that `rule` lets each row see, into `out`.
 
@@ -128,6 +130,10 @@ class Ops(Protocol):
         query at p sees the slots with pos <= p and (rule.window == 0 or p - pos < rule.window or
         pos < rule.sinks). Scores are q @ k * rule.scale (None: 1 / sqrt(dim)), then
         softcap * tanh(score / softcap) where rule.softcap > 0.
+
+        Where `noted` is given (zeros, for a single segment) the weights of queries at position `since` and
+        later, in units of evidence.UNIT, are summed over the query heads of a key head: int32 [n, kv_heads,
+        slots rounded up to 64] for generated rows, added up over rows for a prompt: int64 [1, kv_heads, ...].
         """
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention  # noqa: F401  (registers its emitters)
+from . import attention, noting  # noqa: F401  (registers its emitters)
 from .attention import PIECE, TILE
 from .emit import call_kernel, emitter, write
 from .jobs import read_fields
@@ -18,8 +18,8 @@ SEGMENT = (
     *("k", "k_stride", "k_row", "v", "v_stride", "v_row", "positions", "positions_stride"),
     *("used", "used_by_head", "pieces", "read_k", "read_v", "softmax"),
 )
-DECODE = (*SHARED, "partials", "pieces")
-PROMPT = (*SHARED, "multiply", "multiply_add", "blocks", "scale_row")
+DECODE = (*SHARED, "partials", "pieces", *noting.NOTES)
+PROMPT = (*SHARED, "multiply", "multiply_add", "blocks", "scale_row", *noting.NOTES)
 PROMPT_VECTORS = 64
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32
 
@@ -56,6 +56,7 @@ class _View:
         self.v, self.f = v, read_fields(v, argument, names)
         self.group = v.divide(self.f["heads"], self.f["kv_heads"])
         self.first = v.add(argument, 8 * len(names))
+        self.noting = v.compare(self.f["notes"], "!=", 0)
 
     def q_pos(self, row):
         return _int32(self.v, self.f["q_pos"], row)
@@ -126,6 +127,17 @@ def attend_decode(v, args):
         partials = v.add(f["partials"], v.mul(v.mul(query, f["pieces"]), stride))
         row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
         write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.query(row, head, "out", "dim_v"))
+    with v.when(view.noting):
+        write(v, "barrier", control, team)
+        with v.loop(me, v.mul(f["pieces"], f["kv_heads"]), team) as item:
+            _note_piece(v, view, scratch, v.divide(item, f["pieces"]), v.remainder(item, f["pieces"]))
+
+
+def _note_piece(v, view, scratch, g, piece):
+    """Note the weights of a piece of the slots, which lie in one segment."""
+    start = v.mul(piece, PIECE)
+    count = v.smin(v.sub(_Segment(view, view.first, g).used(), start), PIECE)
+    noting.note_piece(v, view, scratch, g, piece, count, start, lambda q, p: _partial(v, view, g, q, p)[1])
 
 
 def _find(v, view, piece):
@@ -149,8 +161,10 @@ def _one_piece(v, view, segment, scratch, piece, within):
         v.set(empty, segment.out_of_window(start, count, view.q_pos(v.i(0))))
     some = v.b.not_(v.get(empty))
     total = v.mul(f["n"], view.group)
-    weights, sums = v.add(scratch, 128), v.add(scratch, 128, v.mul(tile, 4 * PIECE))
+    passing, sums = v.add(scratch, 128), v.add(scratch, 128, v.mul(tile, 4 * PIECE))
+    kept = noting.piece_room(v, view, g, piece)
     with v.loop(0, total, tile) as first:
+        weights = v.choose(view.noting, v.add(kept, v.mul(first, 4 * PIECE)), passing)
         with v.when(some):
             with v.loop(0, tile) as i:
                 query = v.smin(v.add(first, i), v.sub(total, 1))
@@ -199,7 +213,7 @@ def attend_prompt(v, args):
         # The last rows see most and come first, so that threads end together.
         start = v.mul(v.sub(v.sub(tiles, 1), v.divide(item, f["kv_heads"])), f["tile"])
         rows = v.smin(f["tile"], v.sub(f["n"], start))
-        _prompt_item(v, view, scratch, v.remainder(item, f["kv_heads"]), start, rows)
+        _prompt_item(v, view, scratch, me, v.remainder(item, f["kv_heads"]), start, rows)
 
 
 class _Item:
@@ -221,11 +235,14 @@ class _Item:
             scratch = v.add(scratch, size)
 
 
-def _prompt_item(v, view, scratch, g, start, rows):
+def _prompt_item(v, view, scratch, me, g, start, rows):
     """Some rows of a prompt against one key head: a running softmax over tiles of slots."""
     f, group = view.f, view.group
     m = v.mul(rows, group)
     item = _Item(v, f, scratch, m)
+    item.room = noting.ItemRoom(v, view, me, m)
+    last_pos = view.q_pos(v.sub(v.add(start, rows), 1))
+    item.noting = v.b.and_(view.noting, v.compare(last_pos, ">=", f["since"]))
     wide, wide_v = v.mul(f["dim"], 4), v.mul(f["dim_v"], 4)
 
     def place(i):
@@ -237,14 +254,26 @@ def _prompt_item(v, view, scratch, g, start, rows):
     v.clear(item.sums, v.mul(m, wide_v))
     with v.loop(0, f["segments"]) as k:
         segment = _Segment(view, v.add(view.first, v.mul(k, 8 * len(SEGMENT))), g)
-        _prompt_segment(v, view, segment, item, start, rows)
+        _each_tile(
+            v,
+            view,
+            segment,
+            start,
+            rows,
+            lambda at, count: _prompt_tile(v, view, segment, item, start, at, count),
+        )
     with v.loop(0, m) as i:
         source, total = v.add(item.sums, v.mul(i, wide_v)), v.add(item.state, v.mul(i, 8), 4)
         write(v, "divide_row", view.query(*place(i), "out", "dim_v"), source, f["dim_v"], total)
+    with v.when(item.noting):
+        with v.loop(0, m) as i:
+            item.room.finish(i, v.add(item.state, v.mul(i, 8)), view.q_pos(place(i)[0]))
+        segment = _Segment(view, view.first, g)
+        _each_tile(v, view, segment, start, rows, lambda at, count: item.room.note_tile(segment, at, count))
 
 
-def _prompt_segment(v, view, segment, item, start, rows):
-    """Some rows of a prompt against the tiles of a segment that they may see."""
+def _each_tile(v, view, segment, start, rows, body):
+    """Write body(at, count) for the tiles of a segment that some rows of a prompt may see."""
     used = segment.used()
     first_pos, last_pos = view.q_pos(start), view.q_pos(v.sub(v.add(start, rows), 1))
     slot = v.variable(I64(0))
@@ -254,7 +283,7 @@ def _prompt_segment(v, view, segment, item, start, rows):
         leave(v.compare(segment.position(at), ">", last_pos))
         count = v.smin(v.sub(used, at), TILE)
         with v.when(v.b.not_(segment.out_of_window(at, count, first_pos))):
-            _prompt_tile(v, view, segment, item, start, at, count)
+            body(at, count)
         v.set(slot, v.add(at, TILE))
 
 
@@ -263,16 +292,19 @@ def _prompt_tile(v, view, segment, item, start, at, count):
     f = view.f
     wide, wide_v = v.mul(f["dim"], 4), v.mul(f["dim_v"], 4)
     segment.read("k", segment.row("k", at), segment.f["k_row"], count, f["dim"], item.keys)
-    strides = (wide, item.keys, 4 * TILE, item.weights, 4 * TILE)
+    weights = v.choose(item.noting, item.room.weights(at), item.weights)
+    strides = (wide, item.keys, 4 * TILE, weights, 4 * TILE)
     call_kernel(v, f["multiply"], item.queries, *strides, item.m, f["dim"])
     with v.loop(0, item.m) as i:
         q_pos = view.q_pos(v.add(start, v.divide(i, view.group)))
-        row, state = v.add(item.weights, v.mul(i, 4 * TILE)), v.add(item.state, v.mul(i, 8))
+        row, state = v.add(weights, v.mul(i, 4 * TILE)), v.add(item.state, v.mul(i, 8))
         segment.softmax(row, at, count, q_pos, state, item.factor)
+        with v.when(item.noting):
+            item.room.keep_top(at, i, state)
         there = v.add(item.sums, v.mul(i, wide_v))
         call_kernel(v, f["scale_row"], there, there, f["dim_v"], item.factor)
     segment.read("v", segment.row("v", at), segment.f["v_row"], count, f["dim_v"], item.values)
     with v.loop(0, f["dim_v"], v.mul(f["blocks"], 16)) as column:
         values, sums = (v.add(base, v.mul(column, 4)) for base in (item.values, item.sums))
-        head = (item.weights, 4 * TILE, values, wide_v, sums, wide_v)
+        head = (weights, 4 * TILE, values, wide_v, sums, wide_v)
         call_kernel(v, f["multiply_add"], *head, item.m, count)

@@ -231,7 +231,7 @@ def divide_row(v, args):
 @emitter("combine")
 def combine(v, args):
     """Join the pieces of one query: partials (stride bytes; float32 maximum, sum, 14 unused, then dim sums), count,
-    stride, dim, out."""
+    stride, dim, out. The final maximum and the inverse of the sum are left in the first, at bytes 16 and 20."""
     partials, count, stride, dim, out = args[:5]
     top = v.variable(F32(NEVER))
     with v.loop(0, count) as i:
@@ -254,6 +254,8 @@ def combine(v, args):
 
             v.chunks(dim, body)
     inverse = v.b.select(none, F32(0.0), v.b.fdiv(F32(1.0), v.get(total)))
+    v.store(v.add(partials, 16), base, 4)
+    v.store(v.add(partials, 20), inverse, 4)
 
     def scale(at, lanes):
         there = v.add(out, v.mul(at, 4))
