@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class LayerCache:
     evidence: tuple[str, ...] = tuple(KINDS)
     noted: Noted | None = None
     floor = 0  # where the latest eviction was: what a rollback to before it would need is gone
-    generation = 0  # changes whenever the arrays are replaced
+    generation = 0  # another whenever the arrays are replaced, and another in each cache
     _plain = _stock = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -270,7 +271,7 @@ class LayerCache:
 
     def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
         self.k, self.v, self._pos = k, v, pos
-        self.generation += 1
+        self.generation = next(GENERATIONS)
         self.pos = pos if ragged else pos[0]
 
     def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
