@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -54,13 +54,14 @@ def open_model(
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """What the forward pass reads of a plan, without any plugin."""
+    """What the forward pass reads of a plan, without any plugin, and the steps that it records."""
 
     weights: Any
     layers: Sequence[int]
     attend: Sequence[Callable[..., None]]
     on_attention: Sequence[Callable[..., None]] = ()
     on_layer: Sequence[Callable[..., Any]] = ()
+    recorded: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
 class Model:
@@ -82,7 +83,8 @@ class Model:
         self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
         self.weights = Weights(ops, config, file.tensors)
         self._arena: Arena | None = None
-        self._replay = Replay(ops, self.weights)
+        self._replay = Replay(ops)
+        self._held: tuple[Callable[[int], None], int, Layer] | None = None
 
     @property
     def chat_template(self) -> str | None:
@@ -127,23 +129,48 @@ class Model:
         arena.want(sum(part.want for part in step.parts))
         arena.pos[:n] = step.pos
         self.ops.embed(self.weights.token_embd, step.tokens, arena.hidden, self.config.embed_scale)
-        self._replay.run(plan, step, arena.addresses, lambda: self._layers(plan, step, arena))
+        try:
+            self._replay.run(
+                plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
+            )
+        finally:
+            self._release(step)
         return arena.rows_of_logits(step.parts)
 
-    def _layers(self, plan: Any, step: Any, arena: Arena) -> None:
-        """Run the layers of a plan on the hidden rows, then the logits that parts want."""
-        for index in plan.layers:
-            layer = plan.weights.acquire(index)
-            try:
-                self._block(plan, step, layer, arena)
-            finally:
-                plan.weights.release(index)
+    def _layers(self, plan: Any, step: Any, arena: Arena, place: int) -> None:
+        """Run the layers of a plan from a place on, on the hidden rows, then the logits that parts want."""
+        replay, weights, count = self._replay, plan.weights, len(plan.layers)
+        while place < count:
+            index = plan.layers[place]
+            layer = self._acquire(weights, index)
+            if weights is not self.weights:
+                replay.note(self._acquire_again, (weights, index, layer, place))
+            self._block(plan, step, layer, arena)
+            if weights is not self.weights:
+                replay.call(step, self._release)
+            else:
+                self._release(step)
+            place += 1
             if plan.on_layer:
                 hidden = arena.hidden.array[: len(step.tokens)]
-                answers = [hook(step, index, hidden) for hook in plan.on_layer]
-                if any(answers):
-                    break
+                place = replay.call(step, _shown, plan.on_layer, index, hidden, place, count)
         self._logits(step, arena)
+
+    def _acquire(self, weights: Any, index: int) -> Layer:
+        """Hold a layer's weights until _release; they may be held already."""
+        if self._held is None or self._held[1] != index:
+            self._held = weights.release, index, weights.acquire(index)
+        return self._held[2]
+
+    def _acquire_again(self, step: Any, weights: Any, index: int, known: Layer, place: int) -> int | None:
+        """Hold a layer's weights where a step is run again; its place in the plan if they are elsewhere now."""
+        return None if self._acquire(weights, index) is known else place
+
+    def _release(self, step: Any) -> None:
+        """Let the weights go that are held, if any are."""
+        if self._held is not None:
+            (release, index, _), self._held = self._held, None
+            release(index)
 
     def logits(
         self, tokens: Sequence[int] | np.ndarray, kv_dtype: Any = np.float32, chunk: int = 128
@@ -213,15 +240,12 @@ class Model:
         """mixed = attention over each part's cache, which takes the new keys and values first."""
         index = layer.index
         self._queries_and_keys(step, layer, arena)
-        attend = plan.attend[index]
-        for part, rows in zip(step.parts, step.spans):
-            q, k, v, out = arena.heads(index, rows)
-            cache = part.seq.caches[index]
-            pos = arena.pos[rows]
-            cache.append(k, v, pos)
-            attend(q, cache, pos, out, part.prompt)
-            for hook in plan.on_attention:
-                hook(part.seq, index, q, cache)
+        replay, attend = self._replay, plan.attend[index]
+        for number, rows in enumerate(step.spans):
+            heads = arena.heads(index, rows)
+            replay.attend(step, number, index, attend, arena.pos[rows], heads)
+            if plan.on_attention:
+                replay.call(step, _attention_shown, plan.on_attention, number, index, heads[0])
 
     def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena) -> None:
         """qkv = rotated queries, rotated keys and values of every row."""
@@ -239,9 +263,7 @@ class Model:
         if rotation is not None:
             ops.rope(x, n, arena.pos[:n], 0, heads + kv_heads, dim, *rotation)
         if config.attn_temperature is not None:
-            scale, floor = config.attn_temperature
-            warmth = 1 + scale * np.log1p(step.pos // floor)
-            x.array[:n, : heads * dim] *= warmth.astype(np.float32)[:, None]
+            self._replay.call(step, _warmed, x.array[:n, : heads * dim], *config.attn_temperature)
 
     def _logits(self, step: Any, arena: Arena) -> None:
         """logits = those of the rows that parts want, side by side."""
@@ -264,3 +286,26 @@ def plain_plan(model: Model) -> PlainPlan:
     """Return the plan of a model by itself: all layers in order, its own attention, its own weights."""
     every = range(model.n_layers)
     return PlainPlan(model.weights, every, [model.rule(layer).attend for layer in every])
+
+
+def _attention_shown(step: Any, hooks: Any, number: int, layer: int, q: np.ndarray) -> None:
+    """Show plugins the queries and the cache of a part."""
+    seq = step.parts[number].seq
+    cache = seq.caches[layer]
+    for hook in hooks:
+        hook(seq, layer, q, cache)
+
+
+def _shown(step: Any, hooks: Any, layer: int, hidden: np.ndarray, place: int, count: int) -> int:
+    """Show plugins what came out of a layer; the place of the next in the plan, `count` to leave the rest out."""
+    leaves = False
+    for hook in hooks:
+        if hook(step, layer, hidden):
+            leaves = True
+    return count if leaves else place
+
+
+def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:
+    """Scale queries by their position, for attention that stays sharp over long texts."""
+    warmth = 1 + scale * np.log1p(step.pos // floor)
+    queries *= warmth.astype(np.float32)[:, None]

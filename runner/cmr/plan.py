@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import getdoc
 from itertools import groupby
 from typing import Any
@@ -35,7 +35,8 @@ class Plan:
     """What a session runs: plain objects and plain callables, each hook's in the order of the command line.
 
     `caches` has a factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the model's
-    layers. `owners` says who provides a seam, `names` whose a hook's callables are.
+    layers. `owners` says who provides a seam, `names` whose a hook's callables are; `recorded` are steps that
+    the forward pass runs again.
     """
 
     weights: Any
@@ -63,6 +64,7 @@ class Plan:
     store_prefix: tuple[Callable[..., Any], ...] = ()
     finish_request: tuple[Callable[..., Any], ...] = ()
     report: tuple[Callable[..., Any], ...] = ()
+    recorded: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def exact(self) -> bool:

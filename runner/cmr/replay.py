@@ -1,81 +1,199 @@
-"""Decoding steps recorded once and run again without Python between the layers, where nothing else must be called."""
+"""Decoding steps recorded once and run again: jobs without Python in between, and what only Python can do."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from cmr.errors import PluginError
 from cmr.kvcache import by_rule
+
+KEPT = 16  # recorded steps of different shapes, the least recently used of which goes
+UNSEEN, SEEN, NEVER = object(), object(), object()
+
+
+class Store(NamedTuple):
+    """A layer's cache of one part, into which jobs write while it is what it was, which `generation` tells.
+
+    `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write.
+    """
+
+    part: int
+    layer: int
+    rows: int
+    generation: int
+    most: int
+    firsts: list[int]
+    counts: list[int]
+
+
+class Recording:
+    """A step: stretches of jobs, how many of the caches each writes, and the call behind it with its answer."""
+
+    def __init__(self, program: Any) -> None:
+        self.program = program
+        self.segments: list[Any] = []
+        self.stores: list[Store] = []
+        self._job = self._store = 0
+
+    def stored(self, number: int, layer: int, rows: int, cache: Any, firsts: int, counts: int) -> None:
+        """Note that the latest jobs wrote a part's rows into a cache, by the fields from these on."""
+        fields = self.program.firsts[firsts:], self.program.counts[counts:]
+        self.stores.append(Store(number, layer, rows, cache.generation, len(cache.pos) - rows, *fields))
+
+    def cut(self, function: Callable[..., Any] | None, args: tuple[Any, ...], answer: Any) -> None:
+        """End a stretch of jobs with a call."""
+        job, store = len(self.program.jobs), len(self.stores)
+        self.segments.append(((self._job, job), range(self._store, store), function, args, answer))
+        self._job, self._store = job, store
+
+    def seal(self) -> None:
+        """Make the stretches, once all jobs are known."""
+        limit, stretch = self.program.limit, self.program.stretch
+        self.stores = [store._replace(most=min(store.most, limit - store.rows)) for store in self.stores]
+        self.segments = [(stretch(*jobs), *rest) for jobs, *rest in self.segments]
 
 
 class Replay:
-    """The latest decoding step of a model as a program; steps of the same shape over the same caches run from it.
+    """Records a plan's latest decoding steps of different shapes, and runs steps of these shapes from that.
 
-    A step is recorded when the one before had the same shape. Prompts, plugins that attend or look into layers,
-    caches that store in their own way and weights from elsewhere go the ordinary way.
+    A step is recorded when its shape is seen a second time. Prompts go the ordinary way.
     """
 
-    def __init__(self, ops: Any, weights: Any) -> None:
-        self.ops, self.weights = ops, weights
-        self._plan: Any = None
-        self._allowed = False
-        self._seen: Any = None
-        self._program: Any = None
-        self._caches: list[Any] = []
+    def __init__(self, ops: Any) -> None:
+        self.ops = ops
+        self._recording: Recording | None = None
 
-    def run(self, plan: Any, step: Any, addresses: tuple[int, ...], body: Callable[[], None]) -> None:
-        """Run a step's layers and logits: from the program where it fits, else by body(), which may be recorded."""
-        if (
-            step.n_prompt
-            or any(part.want != len(part.tokens) for part in step.parts)
-            or not self._allows(plan)
-        ):
-            body()
+    def run(self, plan: Any, step: Any, addresses: tuple[int, ...], body: Callable[[int], None]) -> None:
+        """Run a step's layers and logits as recorded, or by body(0), which may be recorded.
+
+        body(place) goes on the ordinary way from a place of plan.layers, or with the logits behind the last.
+        """
+        shape = self._shape(plan, step, addresses)
+        if shape is None:
+            body(0)
             return
-        caches = [part.seq.caches[layer] for layer in plan.layers for part in step.parts]
-        if not all(cache.replayable for cache in caches):
-            body()
-            return
-        rows = [len(part.tokens) for part in step.parts]
-        for cache, n in zip(caches, rows * len(plan.layers)):
-            cache.reserve(n)
-        shape = (tuple(rows), addresses, [cache.generation for cache in caches])
-        if not self._again(shape, caches, rows, int(step.pos.max())):
-            self._record(shape, caches, body)
-
-    def _allows(self, plan: Any) -> bool:
-        """Whether a plan's steps consist of jobs alone."""
-        if plan is not self._plan:
-            self._plan, self._seen, self._program = plan, None, None
-            calls = plan.on_attention or plan.on_layer or plan.weights is not self.weights
-            self._allowed = self.ops.replays and not calls and all(map(by_rule, plan.attend))
-        return self._allowed
-
-    def _same(self, caches: list[Any]) -> bool:
-        return len(caches) == len(self._caches) and all(a is b() for a, b in zip(caches, self._caches))
-
-    def _again(self, shape: Any, caches: list[Any], rows: list[int], last: int) -> bool:
-        """Run the program if it is of this shape, over these caches, and reaches position `last`."""
-        program = self._program
-        if program is None or shape != self._seen or not self._same(caches):
-            return False
-        used = [cache.used for cache in caches]
-        if not self.ops.fits(program, max(used) + max(rows), last + 1):
-            return False
-        counts = rows * (len(caches) // len(rows))
-        program.place(used, counts)
-        self.ops.replay(program)
-        for cache, n in zip(caches, counts):
-            cache.used += n
-        return True
-
-    def _record(self, shape: Any, caches: list[Any], body: Callable[[], None]) -> None:
-        """Run a step the ordinary way, and keep it as the program if it is like the one before."""
-        self._program = None
-        if shape == self._seen and self._same(caches):
-            with self.ops.recording() as self._program:
-                body()
+        latest = plan.recorded
+        known = latest.pop(shape, UNSEEN)
+        if known is UNSEEN or known is NEVER:
+            body(0)
+            known = SEEN if known is UNSEEN else NEVER
+        elif known is SEEN:
+            known = self._record(body)
         else:
-            self._seen, self._caches = shape, [weakref.ref(cache) for cache in caches]
-            body()
+            place = self._play(known, step)
+            if place is not None:
+                body(place)
+                known = SEEN
+        latest[shape] = known
+        if len(latest) > KEPT:
+            del latest[next(iter(latest))]
+
+    def _shape(self, plan: Any, step: Any, addresses: tuple[int, ...]) -> tuple[int, ...] | None:
+        """What must be the same for a step to be run again; None for steps that are not recorded."""
+        if step.n_prompt or not self.ops.replays:
+            return None
+        first, shape = plan.layers[0], [*addresses]
+        for part in step.parts:
+            if part.want != len(part.tokens):
+                return None
+            shape += part.want, getattr(part.seq.caches[first], "generation", 0)
+        return tuple(shape)
+
+    def _record(self, body: Callable[[int], None]) -> Any:
+        """Run a step the ordinary way, and return what runs it again."""
+        try:
+            with self.ops.recording() as program:
+                self._recording = recording = Recording(program)
+                body(0)
+        finally:
+            self._recording = None
+        recording.cut(None, (), None)
+        if not program.whole:
+            return NEVER
+        recording.seal()
+        return recording
+
+    def _play(self, recording: Recording, step: Any) -> int | None:
+        """Run a recorded step; the place of a layer from which on it cannot be, or None."""
+        parts, replay = step.parts, self.ops.replay
+        if max([part.pos[-1] for part in parts]) >= recording.program.positions:
+            return 0
+        caches = self._placed(recording, parts)
+        if caches is None:
+            return 0
+        for stretch, stores, function, args, answer in recording.segments:
+            for number in stores:
+                cache, used, _, generation = caches[number]
+                if cache.generation != generation or cache.used != used:
+                    raise PluginError(
+                        f"the cache of layer {recording.stores[number].layer} was changed before its turn in a "
+                        "step; plugins change caches in on_step"
+                    )
+            replay(stretch)
+            for number in stores:
+                cache, _, cache.used, _ = caches[number]
+            if function is not None:
+                found = function(step, *args)
+                if found != answer:
+                    return found
+        return None
+
+    def _placed(self, recording: Recording, parts: Any) -> list[Any] | None:
+        """Say where this run writes; each cache with its slots in use before and after, or None if one changed."""
+        fields, caches = recording.program.fields, []
+        for part, layer, rows, generation, most, firsts, counts in recording.stores:
+            cache = parts[part].seq.caches[layer]
+            used = cache.used
+            if cache.generation != generation or used > most:
+                return None
+            after = used + rows
+            for field in firsts:
+                fields[field] = used
+            for field in counts:
+                fields[field] = after
+            caches.append((cache, used, after, generation))
+        return caches
+
+    # -- what a step does --
+
+    def call(self, step: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(step, *args), now and whenever the step is run again, and return its answer.
+
+        Should it give another answer then, that is the place from which the step goes on the ordinary way.
+        """
+        if self._recording is None:
+            return function(step, *args)
+        with self.ops.aside():
+            answer = function(step, *args)
+        self.note(function, args, answer)
+        return answer
+
+    def note(self, function: Callable[..., Any], args: tuple[Any, ...], answer: Any = None) -> None:
+        """As call(), for what has been done already."""
+        if self._recording is not None:
+            self._recording.cut(function, args, answer)
+
+    def attend(self, step: Any, number: int, layer: int, attend: Any, pos: Any, heads: Any) -> None:
+        """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways."""
+        cache, recording = step.parts[number].seq.caches[layer], self._recording
+        args = (number, layer, attend, pos, *heads)
+        if recording is None:
+            attended(step, *args)
+        elif by_rule(attend) and getattr(cache, "replayable", False):
+            program = recording.program
+            places = len(program.firsts), len(program.counts)
+            attended(step, *args)
+            recording.stored(number, layer, len(pos), cache, *places)
+        else:
+            self.call(step, attended, *args)
+
+
+def attended(
+    step: Any, number: int, layer: int, attend: Any, pos: Any, q: Any, k: Any, v: Any, out: Any
+) -> None:
+    """Append a part's rows to its cache of a layer, and write what they attend to into out."""
+    part = step.parts[number]
+    cache = part.seq.caches[layer]
+    cache.append(k, v, pos)
+    attend(q, cache, pos, out, part.prompt)

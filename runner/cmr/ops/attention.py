@@ -168,7 +168,7 @@ class AttentionOps(Launcher):
     def _attend_padded(self, call: Call, prompt: bool) -> None:
         """Attention for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""
         if self._program is not None:
-            self._program.limit = -1  # the copies are no jobs
+            self._program.whole = False  # the copies are no jobs
         q, out, rule = call.q, call.out, call.rule
         scale = 1 / math.sqrt(q.shape[2]) if rule.scale is None else rule.scale
         there = np.empty((*out.shape[:2], _padded(out.shape[2])), np.float32)

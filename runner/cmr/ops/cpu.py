@@ -181,6 +181,8 @@ class CpuOps(AttentionOps):
             columns = parts[0][0].cols
             found = (parts, table, table.ctypes.data, total, columns, quantized, biased, set())
             self._calls[key] = found
+        if self._program is not None:
+            self._program.kept.append(found)
         return found
 
     def _ready(self, call: tuple[Any, ...], n: int, n_prompt: int) -> None:
@@ -257,7 +259,7 @@ class CpuOps(AttentionOps):
         )
         self._run("rope_rows", n * heads * dim, fields)
         if self._program is not None:
-            self._program.tables.append((table.cos, table.sin))
+            self._program.kept.append((table.cos, table.sin))
             self._program.positions = min(self._program.positions, table.positions)
 
     def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:

@@ -14,7 +14,7 @@ from cmr.errors import ModelError
 from cmr.ops.kernels import attend, jobs
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.threads import Pool
-from cmr.ops.program import Program
+from cmr.ops.program import Program, Stretch
 
 JOBS = {
     "project": jobs.PROJECT,
@@ -64,13 +64,13 @@ class Scratch:
     """Bytes that grow on demand, at an address aligned to 64."""
 
     def __init__(self) -> None:
-        self.size, self.address = 0, 0
+        self.size, self.address, self.memory = 0, 0, np.empty(0, np.uint8)
 
     def reach(self, size: int) -> int:
         """Make room for so many bytes; the address. What was there is lost when it grows."""
         if size > self.size:
-            self._memory = np.empty(size + 64, np.uint8)
-            self.size, self.address = size, (self._memory.ctypes.data + 63) // 64 * 64
+            self.memory = np.empty(size + 64, np.uint8)
+            self.size, self.address = size, (self.memory.ctypes.data + 63) // 64 * 64
         return self.address
 
 
@@ -133,25 +133,32 @@ class Launcher:
 
     @contextmanager
     def recording(self) -> Iterator[Program]:
-        """Note all jobs until the end of the block in a Program that replay() runs again."""
-        self._program = Program()
+        """Note all jobs until the end of the block in a Program whose stretches replay() runs again."""
+        program, before = Program(), self._scratch()
+        self._program = program
         try:
-            yield self._program
-            self._program.seal(self._scratch_addresses())
+            yield program
+            program.seal(self._pool.control)
+            program.kept.append(before)
+            program.whole = program.whole and all(a is b for a, b in zip(before, self._scratch()))
         finally:
             self._program = None
 
-    def fits(self, program: Program, slots: int, positions: int) -> bool:
-        """Whether a recorded step is still good for sequences of up to so many slots and positions."""
-        room = slots <= program.limit and positions <= program.positions
-        return room and program.addresses == self._scratch_addresses()
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Note no jobs until the end of the block."""
+        program, self._program = self._program, None
+        try:
+            yield
+        finally:
+            self._program = program
 
-    def replay(self, program: Program) -> None:
-        """Run a recorded step again."""
-        self._pool.run_program(program.table, len(program.rows))
+    def replay(self, stretch: Stretch) -> None:
+        """Run jobs of a recorded step again."""
+        self._pool.run_program(stretch)
 
-    def _scratch_addresses(self) -> tuple[int, ...]:
-        return (self._x.address, self._y.address, self._space.address, self._partials.address)
+    def _scratch(self) -> list[np.ndarray]:
+        return [scratch.memory for scratch in (self._x, self._y, self._space, self._partials)]
 
     def _threads_scratch(self, each: int) -> tuple[int, int]:
         """Scratch for every thread: address and bytes for each."""

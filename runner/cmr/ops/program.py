@@ -1,4 +1,4 @@
-"""A decoding step recorded once as a table of jobs on fixed addresses, and run again without Python in between."""
+"""A decoding step recorded as a table of jobs on fixed addresses, and run again without Python between the jobs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,35 @@ from typing import Any
 import numpy as np
 
 
+class Stretch:
+    """Jobs of a program that run in one go: the `words` that the pool reads, at a fixed `address`.
+
+    They are control block, table, the first job, the one to stop before, and whether the first is launched.
+    """
+
+    __slots__ = ("address", "words")
+
+    def __init__(self, control: int, table: int, first: int, stop: int) -> None:
+        self.words = np.array([control, table, first, stop, 0], np.int64)
+        self.address: int = self.words.ctypes.data
+
+
 @dataclass
 class Program:
     """Jobs in order; of their fields only slots in use change from run to run.
 
-    `addresses` are of scratch that must not have moved since; a sequence may have `limit` slots and `positions`
-    positions at most. `tables` are kept alive.
+    `firsts` and `counts` are the fields that hold the first slot to write and the slots in use after that, in
+    order. A cache may have `limit` slots and a sequence `positions` positions at most; `whole` tells whether
+    the jobs are all that was done. `kept` is what must not be freed.
     """
 
     jobs: list[tuple[int, tuple[int, ...], int, int]] = field(default_factory=list)
-    firsts: list[int] = field(default_factory=list)  # fields that hold the first slot to write
-    counts: list[int] = field(default_factory=list)  # fields that hold the slots in use after writing
+    firsts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     limit: int = 1 << 40
     positions: int = 1 << 40
-    tables: list[Any] = field(default_factory=list)
-    addresses: tuple[int, ...] = ()
+    whole: bool = True
+    kept: list[Any] = field(default_factory=list)
     size: int = 0
 
     def add(self, kernel: int, values: tuple[int, ...], team: int, counters: int) -> int:
@@ -31,22 +45,16 @@ class Program:
         start, self.size = self.size, self.size + len(values)
         return start
 
-    def seal(self, addresses: tuple[int, ...]) -> None:
-        """Lay the fields out in memory and make the table that the pool runs."""
-        self.addresses = addresses
-        self.fields = np.array([value for _, values, _, _ in self.jobs for value in values], np.int64)
-        base, rows = self.fields.ctypes.data, []
+    def seal(self, control: int) -> None:
+        """Lay the fields out in memory, and make the table for the pool with this control block."""
+        laid = np.array([value for _, values, _, _ in self.jobs for value in values], np.int64)
+        base, rows = laid.ctypes.data, []
         for kernel, values, team, counters in self.jobs:
             rows.append((kernel, base, team, counters))
             base += 8 * len(values)
-        self.rows = np.array(rows, np.int64)
-        self.table = self.rows.ctypes.data
-        self._firsts, self._counts = np.array(self.firsts, np.intp), np.array(self.counts, np.intp)
-        # Keys and values of one cache are stored by a job each, so there are two places for each use.
-        self._twice = np.arange(len(self.firsts)) * len(self.counts) // max(1, len(self.firsts))
+        self.table = np.array(rows, np.int64)
+        self.control, self.fields = control, memoryview(laid)
 
-    def place(self, used: Any, rows: Any) -> None:
-        """Say where this run writes: slots in use before it, and rows written, for each attention in order."""
-        before = np.asarray(used, np.int64)
-        self.fields[self._firsts] = before[self._twice]
-        self.fields[self._counts] = before + rows
+    def stretch(self, first: int, stop: int) -> Stretch:
+        """Return the jobs from `first` on, up to but not including `stop`."""
+        return Stretch(self.control, self.table.ctypes.data, first, stop)

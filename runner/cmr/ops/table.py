@@ -22,7 +22,7 @@ class Ops(Protocol):
     name: str
     threads: int
     prompt_threads: int
-    replays: bool  # whether there are recording(), fits() and replay(): see ops/launcher.py and replay.py
+    replays: bool  # whether there are recording(), aside() and replay(): see ops/launcher.py and replay.py
 
     def matrix(
         self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None

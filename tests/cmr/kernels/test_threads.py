@@ -16,6 +16,7 @@ from tests.cmr.kernels.cases import aligned
 from cmr.ops.kernels.emit import call_kernel, compile_kernel, emitter, write
 from cmr.ops.kernels.threads import COUNTERS, ENTRY, LINE, Pool, _at, draw
 from cmr.ops.kernels.vector import I64
+from cmr.ops.program import Stretch
 
 ROOT = Path(__file__).parents[3]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
@@ -161,7 +162,7 @@ def test_programs_of_many_jobs(made, team_kernel):
             rows = [(team_kernel.address, lines[team].lines.ctypes.data, team, 2) for team in teams]
             table = np.array(rows, np.int64).reshape(-1, len(ENTRY))
             time.sleep(pause)
-            pool.run_program(table.ctypes.data, count)
+            pool.run_program(Stretch(pool.control, table.ctypes.data, 0, count))
             for team, roll in lines.items():
                 assert (roll.lines[:team, 0] == teams.count(team)).all()
 

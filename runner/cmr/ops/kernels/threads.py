@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from cmr.ops.program import Stretch
+
 from .emit import TARGET, call_kernel, compile_kernel, emitter, write
 from .vector import I32, I64
 
@@ -167,21 +169,21 @@ def run(v, args):
 
 @emitter("run_program")
 def run_program(v, args):
-    """Run jobs one after another: control, table (rows of ENTRY), first, count, launched.
+    """Run jobs one after another: the address of a Stretch's words, as a call from Python costs by the argument.
 
-    Returns -1 when all are done; else the index of a job whose workers must be woken before it is called again with
-    that index as `first` and launched = 1.
+    Returns 0 when all are done; else 1 + the index of a job whose workers must be woken before this is called again
+    with that index as the first job, launched.
     """
-    control, table, first, count, launched = args[:5]
-    result, index, again = v.variable(I64(-1)), v.variable(first), v.variable(launched)
+    control, table, first, stop, launched = (v.load(v.add(args[0], 8 * k), I64) for k in range(5))
+    result, index, again = v.variable(I64(0)), v.variable(first), v.variable(launched)
     with v.repeat() as leave:
         i = v.get(index)
-        leave(v.compare(i, ">=", count))
+        leave(v.compare(i, ">=", stop))
         entry = v.add(table, v.mul(i, 8 * len(ENTRY)))
         job = [v.load(v.add(entry, 8 * k), I64) for k in range(len(ENTRY))]
         asleep = _run_job(v, control, *job, v.get(again))
         with v.when(v.compare(asleep, "!=", 0)):
-            v.set(result, i)
+            v.set(result, v.add(i, 1))
         leave(v.compare(asleep, "!=", 0))
         v.set(again, I64(0))
         v.set(index, v.add(i, 1))
@@ -204,7 +206,7 @@ class Pool:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._work, self._run = _function("work", 3), _function("run", 6)
-        self._run_program = _function("run_program", 5)
+        self._run_program = _function("run_program", 1)
         self._memory = np.zeros(WORKERS + 8 * threads + LINE, np.uint8)
         shift = -self._memory.ctypes.data % LINE
         self._words = self._memory[shift : shift + WORKERS + 8 * threads].view(np.int64)
@@ -251,18 +253,25 @@ class Pool:
             self._settle()
             raise
 
-    def run_program(self, table: int, count: int) -> None:
-        """Run a table of jobs, rows of ENTRY, one after another."""
-        if self.threads > 1 and not self._workers:
+    def run_program(self, stretch: Stretch) -> None:
+        """Run jobs of a program one after another."""
+        if not self._workers and self.threads > 1:
             self._start()
-        first = launched = 0
         try:
-            while (first := self._run_program(self.control, table, first, count, launched)) >= 0:
-                self._call()
-                launched = 1
+            if waiting := self._run_program(stretch.address):
+                self._wake_for(stretch, waiting)
         except BaseException:
             self._settle()
             raise
+
+    def _wake_for(self, stretch: Stretch, waiting: int) -> None:
+        """Wake workers and go on, until all jobs are done."""
+        rest = Stretch(*stretch.words[:4].tolist())
+        rest.words[4] = 1
+        while waiting:
+            self._call()
+            rest.words[2] = waiting - 1
+            waiting = self._run_program(rest.address)
 
     def _settle(self) -> None:
         """Finish a job that the exception of a signal's handler cut short: its threads wait for this one."""
