@@ -17,8 +17,8 @@ from cmr.stats import Figures
 class Loop:
     """Advances sequences of at most `context` tokens through a model under a plan, without pluggy."""
 
-    def __init__(self, model: Any, plan: Plan, scheduler: Any, context: int) -> None:
-        self.model, self.plan, self.scheduler, self.context = model, plan, scheduler, context
+    def __init__(self, model: Any, plan: Plan, context: int) -> None:
+        self.model, self.plan, self.scheduler, self.context = model, plan, plan.scheduler, context
         self.running: dict[Sequence, None] = {}
         self.figures = Figures()
         self.stepping = False

@@ -18,6 +18,7 @@ from cmr.errors import ModelError, PluginError
 from cmr.hookspecs import hookimpl
 from cmr.kvcache import AttnRule, LayerCache, by_rule
 from cmr.plan import Memory, Plan
+from cmr.scheduler import Fifo
 
 BUILT_IN = "built in"
 NEEDS = ("tokenizer", "chat_template")
@@ -33,8 +34,8 @@ METHODS = {
 class _Defaults:
     """What the model does by itself, as the last one asked at each seam; `reached` tells whether it was."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.reached = model, False
+    def __init__(self, model: Any, chunk: int) -> None:
+        self.model, self.chunk, self.reached = model, chunk, False
         self.makers = [LayerCache.factory(model, layer) for layer in range(model.n_layers)]
 
     @hookimpl(trylast=True)
@@ -57,11 +58,17 @@ class _Defaults:
         self.reached = True
         return self.model.rule(layer)
 
+    @hookimpl(trylast=True)
+    def scheduler(self) -> Fifo:
+        self.reached = True
+        return Fifo(self.chunk)
 
-def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None) -> Plan:
+
+def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None, chunk: int = 512) -> Plan:
     """Ask every hook once and return the Plan; PluginError names who clashes, lacks or answers wrongly.
 
-    No weight is read. `context` is the number of tokens that memory is predicted for (default: the model's).
+    No weight is read. `context` is the number of tokens that memory is predicted for (default: the model's),
+    `chunk` the most prompt rows that the built-in scheduler puts into a step.
     """
     plugins = dict(reversed(pm.list_name_plugin()))
     blame = Blame()
@@ -69,7 +76,7 @@ def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None) ->
         blame.learn(name, thing)
         _check_declarations(name, thing, model)
     _check_owners(pm)
-    defaults = _Defaults(model)
+    defaults = _Defaults(model, chunk)
     pm.register(defaults, name=BUILT_IN)
     try:
         with blame:

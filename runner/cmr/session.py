@@ -15,7 +15,6 @@ from cmr.fingerprint import fingerprint
 from cmr.loop import Loop
 from cmr.plan import Plan
 from cmr.resolve import resolve
-from cmr.scheduler import Fifo
 from cmr.sequence import Request, Sequence
 from cmr.stats import rate, token_bytes
 
@@ -43,21 +42,20 @@ class Text:
 class Session:
     """A model with a plan, ready to take requests; for one thread.
 
-    `chunk` is the most prompt rows in a step, `context` the most tokens of a sequence (None: the model's),
-    `defaults` are request options that text() and request() begin from.
+    `context` is the most tokens of a sequence (None: the model's), `defaults` are request options that text()
+    and request() begin from.
     """
 
     def __init__(
         self,
         model: Any,
         plan: Plan,
-        chunk: int = 512,
         context: int | None = None,
         defaults: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.plan, self.defaults = model, plan, defaults or {}
         self.context = context or model.config.n_ctx
-        self.loop = Loop(model, plan, plan.scheduler or Fifo(chunk), self.context)
+        self.loop = Loop(model, plan, self.context)
         self._idle = list(plan.run_idle)
         for hook in plan.start_session:
             with plan.blame:
@@ -67,7 +65,7 @@ class Session:
     def open(cls, model: Any, plugins: Any = (), profile: Any = None, **limits: Any) -> Session:
         """Attach plugins (texts or objects, or what discovery.load gave) and a TOML profile to a model.
 
-        Limits are `chunk` and `context`, as in the constructor. Raises PluginError or RequestError for
+        Limits are `chunk`, the most prompt rows in a step, and `context`, as in the constructor. Raises PluginError or RequestError for
         anything that cannot be honoured, before a weight is read.
         """
         if isinstance(profile, str | Path):
@@ -85,7 +83,9 @@ class Session:
             raise RequestError(
                 f"context {limits['context']} is more than the {most} that the model is open for"
             )
-        return cls(model, resolve(pm, model, limits.get("context")), defaults=options, **limits)
+        context = limits.get("context")
+        plan = resolve(pm, model, context, limits.get("chunk") or 512)
+        return cls(model, plan, context, options)
 
     def __enter__(self) -> Session:
         return self
