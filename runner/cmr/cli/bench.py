@@ -17,7 +17,7 @@ from cmr.bench.measure import Settings, Side, measure, read_text
 from cmr.bench.peer import LlamaWorker, Peer, open_peer
 from cmr.bench.quality import WINDOW, quality
 from cmr.bench.quiet import LIMIT, Watch
-from cmr.cli.options import Parser, real, whole
+from cmr.cli.options import Parser, numbers, real, whole
 from cmr.cli.progress import Progress, say
 from cmr.errors import RequestError
 
@@ -52,13 +52,15 @@ def _parser() -> Parser:
 
 
 def _test_flags(add: Callable[..., Any]) -> None:
-    sizes = {"type": _list(0), "metavar": "N"}
+    sizes = {"type": numbers(0), "metavar": "N"}
     add("-p", "--n-prompt", default="512", help="prompt tokens to read", **sizes)
     add("-n", "--n-gen", default="128", help="tokens to generate", **sizes)
     add("-pg", type=_pair, action="append", default=[], metavar="P,N", help="read P tokens, then generate N")
     add("-d", "--n-depth", default="0", help="tokens that are in the context before", **sizes)
-    add("-b", "--parallel", type=_list(1), default="1", metavar="N", help="sequences that generate together")
-    add("-t", "--threads", type=_list(1), metavar="N", help="threads (default: all processors)")
+    add(
+        "-b", "--parallel", type=numbers(1), default="1", metavar="N", help="sequences that generate together"
+    )
+    add("-t", "--threads", type=numbers(1), metavar="N", help="threads (default: all processors)")
     add("-r", "--repetitions", type=whole(1), default=5, metavar="N", help="undisturbed rounds of each test")
     add("--noise", type=real(0), default=LIMIT, metavar="CORES", help="what others may use in such a round")
 
@@ -81,12 +83,6 @@ def _other_flags(add: Callable[..., Any]) -> None:
     add("--quality", metavar="FILE", help="KL divergence from float activations on this text")
     add("-o", "--output", choices=["md", "csv", "json"], default="md", help="form of the result")
     add("--plot", action="store_true", help="draw the speeds as bars on stderr")
-
-
-def _list(low: int) -> Callable[[str], list[int]]:
-    """Make a converter for numbers separated by commas."""
-    one = whole(low)
-    return lambda text: [one(word) for word in text.split(",")]
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -93,6 +93,12 @@ def real(low: float | None = None) -> Callable[[str], float]:
     return convert
 
 
+def numbers(low: int | None = None) -> Callable[[str], list[int]]:
+    """Make a converter to whole numbers separated by commas, each of at least `low`."""
+    one = whole(low)
+    return lambda text: [one(word) for word in text.split(",")]
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:

@@ -15,12 +15,14 @@ CLEAR = "\r\x1b[K"  # to the start of the line, and empty it
 class Progress:
     """A line on stderr, if that is a terminal, that appears after a second and goes away at the end.
 
-    Use it as a context manager; `update(done, total)` adds a percentage. Safe to use from any thread.
+    Use it as a context manager; `update(done, total)` adds a percentage and how long the rest will take,
+    `begin(what)` starts on something else. Safe to use from any thread.
     """
 
     def __init__(self, what: str, wait: float = WAIT) -> None:
         self.what, self._wait = what, wait
         self._share: float | None = None
+        self._started = time.monotonic()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -35,6 +37,10 @@ class Progress:
     ) -> None:
         self.stop()
 
+    def begin(self, what: str) -> None:
+        """Go on with something else, none of which is done."""
+        self.what, self._share, self._started = what, None, time.monotonic()
+
     def update(self, done: int, total: int) -> None:
         """Say how much is done."""
         self._share = done / total if total else None
@@ -46,13 +52,19 @@ class Progress:
             self._thread.join()
             self._thread = None
 
+    def line(self, passed: float) -> str:
+        """Say what is being done after so many seconds: "reading  25% (10 s, 30 s left)"."""
+        share = self._share
+        if share is None:
+            return f"{self.what} ({passed:.0f} s)"
+        left = f", {passed * (1 - share) / share:.0f} s left" if share else ""
+        return f"{self.what} {share:4.0%} ({passed:.0f} s{left})"
+
     def _show(self) -> None:
-        started = time.monotonic()
         if self._done.wait(self._wait):
             return
         while True:
-            share = "" if self._share is None else f" {self._share:4.0%}"
-            sys.stderr.write(f"{CLEAR}{self.what}{share} ({time.monotonic() - started:.0f} s)")
+            sys.stderr.write(CLEAR + self.line(time.monotonic() - self._started))
             sys.stderr.flush()
             if self._done.wait(EVERY):
                 break

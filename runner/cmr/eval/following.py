@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cmr.errors import ModelError
+from cmr.errors import ModelError, RequestError
 from cmr.eval.divergence import Divergence, Pair, compare
 
 
@@ -55,6 +55,13 @@ class Following:
                 return None
             self._session.step()
         return self._script.rows.popleft()
+
+    def next_row(self) -> np.ndarray:
+        """Return row(), where there has to be one; RequestError where a plugin ended the text before."""
+        row = self.row()
+        if row is None:
+            raise RequestError(f"a plugin ended the text early, so it cannot be scored: {self.seq.stop}")
+        return row
 
     @property
     def kv_bytes(self) -> float:
