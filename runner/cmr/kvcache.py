@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from cmr.evidence import BLOCK, KINDS, UNIT, Noted
+from cmr.ops.pack import FLOATS, PACKED, can_turn, pack, turn, unpack
+from cmr.ops.records import FLOATS as TYPES
 from cmr.ops.records import Segment
 
 GENERATIONS = count(1)
@@ -38,7 +40,9 @@ class AttnRule:
 class LayerCache:
     """The plain cache: K and V as float16 (or float32) [kv_heads, capacity, dim].
 
-    It grows by half, but not beyond `most` slots unless more are needed.
+    `k_type` and `v_type` store them quantized instead, in one of PACKED: uint8 [kv_heads, capacity, bytes].
+    Turned ones are rotated by a Hadamard matrix before, so that no channel sticks out (QuaRot, Ashkboos et
+    al. 2024). It grows by half, but not beyond `most` slots unless more are needed.
 
     Slots lie in the order of their positions. A subclass stores K and V another way by overriding encode and
     decode (simple: everything is decoded for each attention) or append and attend (fused). After keep_heads
@@ -70,9 +74,17 @@ class LayerCache:
         dim_v: int | None = None,
         dtype: Any = np.float16,
         most: int | None = None,
+        k_type: str = "",
+        v_type: str = "",
+        turned_k: bool = False,
+        turned_v: bool = False,
     ) -> None:
         self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
         self.dtype, self.most = np.dtype(dtype), most
+        plain = TYPES[self.dtype.char]
+        self.k_type, self.v_type = (k_type or plain).upper(), (v_type or plain).upper()
+        self.turned_k, self.turned_v = turned_k, turned_v
+        self._check()
         self.clear()
 
     @classmethod
@@ -85,11 +97,14 @@ class LayerCache:
 
     def encode(self, x: np.ndarray, keys: bool) -> tuple[np.ndarray, ...]:
         """Turn float32 [..., dim] into arrays whose leading axes are those of x; keys tells K from V."""
-        return (x.astype(self.dtype),)
+        turned, type = (self.turned_k, self.k_type) if keys else (self.turned_v, self.v_type)
+        return (pack(turn(x) if turned else x, type),)
 
     def decode(self, packed: tuple[np.ndarray, ...], keys: bool) -> np.ndarray:
         """Turn what encode made back into [..., dim], float16 or float32."""
-        return packed[0]
+        turned, type = (self.turned_k, self.k_type) if keys else (self.turned_v, self.v_type)
+        x = packed[0] if type in FLOATS else unpack(packed[0], type)
+        return turn(x) if turned else x
 
     def append(self, k: np.ndarray, v: np.ndarray, pos: np.ndarray) -> None:
         """Write rows, float32 [n, kv_heads, dim], behind what is there; pos, int32 [n], increases."""
@@ -164,13 +179,13 @@ class LayerCache:
     def view(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return copies: K float32 [slots, kv_heads, dim], V alike, positions int32 [slots]."""
         self._refuse_ragged("view()", "view_head(head)")
-        k, v = (a[:, : self.used].swapaxes(0, 1).astype(np.float32) for a in self._arrays())
+        k, v = (a.swapaxes(0, 1).astype(np.float32) for a in self._decoded())
         return k, v, self.positions.copy()
 
     def view_head(self, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return copies of one head: K float32 [slots, dim], V alike, positions int32 [slots]."""
         pos = self.head_positions(head).copy()
-        k, v = (a[head, : len(pos)].astype(np.float32) for a in self._arrays())
+        k, v = (a[0, : len(pos)].astype(np.float32) for a in self._decoded(slice(head, head + 1)))
         return k, v, pos
 
     @property
@@ -279,18 +294,32 @@ class LayerCache:
         k, v = (np.zeros((self.kv_heads, 1, dim), np.float32) for dim in (self.dim, self.dim_v))
         return self.encode(k, True), self.encode(v, False)
 
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """K and V as arrays [kv_heads, at least len(self), dim]."""
-        if self._plain:
-            return self.k[0], self.v[0]
+    def _check(self) -> None:
+        """Refuse types that are not there or do not fit the sizes."""
+        for type, turned, dim in (
+            (self.k_type, self.turned_k, self.dim),
+            (self.v_type, self.turned_v, self.dim_v),
+        ):
+            if type not in FLOATS and type not in PACKED:
+                raise ValueError(f"no cache stores {type}; there are: {', '.join([*FLOATS, *PACKED])}")
+            if type in PACKED and dim % 32:
+                raise ValueError(f"{type} takes heads of whole blocks of 32 values, and these have {dim}")
+            if turned and not can_turn(dim):
+                raise ValueError(f"heads of {dim} cannot be rotated: that needs a power of two from 16 on")
+
+    def _decoded(self, heads: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of some heads as arrays of floats [heads, len(self), dim]."""
         n = len(self)
-        k = self.decode(tuple(a[:, :n] for a in self.k), True)
-        v = self.decode(tuple(a[:, :n] for a in self.v), False)
+        k = self.decode(tuple(a[heads, :n] for a in self.k), True)
+        v = self.decode(tuple(a[heads, :n] for a in self.v), False)
         return np.ascontiguousarray(k), np.ascontiguousarray(v)
 
     def _segment(self) -> Segment:
         """The slots as the op table takes them."""
-        return Segment(*self._arrays(), self.pos, self.used)
+        if not self._plain:
+            return Segment(*self._decoded(), self.pos, self.used)
+        held, types = (self.k[0], self.v[0], self.pos, self.used), (self.k_type, self.v_type)
+        return Segment(*held, *types, turned_k=self.turned_k, turned_v=self.turned_v)
 
     def _write(self, parts: tuple[np.ndarray, ...], n: int) -> None:
         """Put parts [kv_heads, n, ...] behind the slots in use of each array."""

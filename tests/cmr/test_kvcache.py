@@ -38,6 +38,38 @@ def test_a_cache_with_an_encoding_keeps_the_laws(dim_v):
     CacheLaws(lambda: Bytes(OPS, 2, 8, dim_v), tolerance=0.01).check()
 
 
+PACKED = {
+    "Q8_0": {"k_type": "q8_0", "v_type": "q8_0", "tolerance": 0.01},
+    "turned": {"k_type": "Q5_1", "v_type": "Q5_0", "turned_k": True, "turned_v": True, "tolerance": 0.12},
+    "keys alone": {"k_type": "Q8_0", "turned_k": True, "tolerance": 0.01},
+    "few bits": {"k_type": "IQ4_NL", "v_type": "Q2", "tolerance": 0.6},
+}
+
+
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("device", ["portable", "cpu"])
+def test_a_quantized_cache_keeps_the_laws(options, device):
+    ops, options = open_ops(device, threads=1), dict(options)
+    laws = CacheLaws(lambda: LayerCache(ops, 2, 32, **options), tolerance=options.pop("tolerance"))
+    laws.check()
+    sample = laws.make()
+    assert sample.replayable and sample.token_bytes < 2 * 2 * 2 * 32
+    ops.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "dim", "message"),
+    [
+        ({"k_type": "q7"}, 32, "no cache stores Q7; there are: F16, F32, Q8_0"),
+        ({"v_type": "q4_0"}, 48, "blocks of 32"),
+        ({"turned_k": True}, 96, "power of two"),
+    ],
+)
+def test_types_that_do_not_fit_are_refused(options, dim, message):
+    with pytest.raises(ValueError, match=message):
+        LayerCache(OPS, 2, dim, **options)
+
+
 def test_an_encoding_that_loses_too_much_breaks_a_law():
     class Coarse(Bytes):
         def encode(self, x, keys):

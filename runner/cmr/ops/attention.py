@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from cmr.ops.kernels import attend, attention, jobs, noting
-from cmr.ops.kernels.stored import WRITERS
+from cmr.ops.kernels.stored import span
+from cmr.ops.kernels.writing import WRITERS
 from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
 from cmr.ops.records import Segment
 
@@ -71,16 +73,29 @@ class AttentionOps(Launcher):
         by_head, first = (0, used) if isinstance(used, int) else (address_of(used), 0)
         pos = np.ascontiguousarray(pos, np.int32)
         places = (address_of(segment.pos), segment.pos_stride, address_of(pos))
-        parts = ((segment.k, segment.k_type, k_new, places), (segment.v, segment.v_type, v_new, (0, 0, 0)))
-        for target, type, source, where in parts:
+        nowhere = (0, 0, 0)
+        k_part = (segment.k, segment.k_type, k_new, segment.turned_k, places)
+        v_part = (segment.v, segment.v_type, v_new, segment.turned_v, nowhere)
+        for target, type, source, turned, where in (k_part, v_part):
+            source = self._turned(source) if turned else source
             fields = (
                 *(address_of(target), target.strides[0], target.strides[1], first, by_head),
                 *(address_of(source), source.strides[0], source.strides[1]),
                 *(n, len(target), source.shape[2], self.kernel(WRITERS[type]), *where),
             )
-            start = self._run("store_rows", n * len(target) * source.shape[2], fields)
+            start = self._run("store_rows", source.size, fields)
             if self._program is not None:
                 self._program.firsts.append(start + jobs.STORE_ROWS.index("first"))
+
+    def _turned(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rotate heads, float32 [n, heads, dim], into scratch that the next product may use, or into `out`."""
+        if out is None:
+            memory = (ctypes.c_float * x.size).from_address(self._x.reach(x.nbytes))
+            out = np.ctypeslib.as_array(memory).reshape(x.shape)
+        n, heads, dim = x.shape
+        ends = (address_of(x), *x.strides[:2], address_of(out), *out.strides[:2])
+        self._run("turn_rows", x.size, (*ends, n, heads, dim, self.kernel(f"turn:{dim}")))
+        return out
 
     def attend(
         self,
@@ -93,6 +108,8 @@ class AttentionOps(Launcher):
         noted: np.ndarray | None = None,
         since: int = 0,
     ) -> None:
+        turned_k, turned_v = segments[0].turned_k, segments[0].turned_v
+        q = self._turned(q) if turned_k else q
         call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out, noted, since)
         if q.shape[2] % 16 or out.shape[2] % 16:
             self._attend_padded(call, prompt)
@@ -100,18 +117,20 @@ class AttentionOps(Launcher):
             self._attend_prompt(call)
         else:
             self._attend_decode(call)
+        if turned_v:
+            self._turned(out, out)
 
     def _attend_prompt(self, call: Call) -> None:
         """Attention of a prompt's rows, a running softmax over tiles of slots."""
         dim, dim_v, group = call.q.shape[2], call.out.shape[2], call.group
-        blocks = _value_blocks(dim_v)
+        blocks = value_blocks(dim_v)
         scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
         multiply = (self.kernel("small_gemm:4:0"), self.kernel(f"small_gemm:{blocks}:1"), blocks)
         notes = call.notes(*self._notes_room(call)) if call.noted is not None else call.notes()
         tokens = attend.prompt_tokens(group)
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
-            kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0", "softmax")
+            kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0")
             fields += self._segment(segment, 0, kernels)
         self._run("attend_prompt", call.work, tuple(fields), True, 1)
 
@@ -129,8 +148,8 @@ class AttentionOps(Launcher):
             room = self._notes.reach(noting.decode_room_bytes(n * call.group, kv_heads, sum(pieces), tile))
         fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.notes(room)]
         for segment, count in zip(call.segments, pieces):
-            blocks = _value_blocks(dim_v)
-            kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}", "softmax")
+            blocks = value_blocks(dim_v, span(segment.v_type))
+            kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}")
             fields += self._segment(segment, count, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
@@ -142,7 +161,7 @@ class AttentionOps(Launcher):
         each = (each + 63) // 64 * 64
         return self._notes.reach(each * self._pool.threads), each
 
-    def _segment(self, segment: Segment, pieces: int, kernels: tuple[str, str, str]) -> tuple[int, ...]:
+    def _segment(self, segment: Segment, pieces: int, kernels: tuple[str, str]) -> tuple[int, ...]:
         """The fields attend.SEGMENT."""
         k, v, used = segment.k, segment.v, segment.used
         return (
@@ -150,6 +169,7 @@ class AttentionOps(Launcher):
             *(address_of(segment.pos), segment.pos_stride),
             *(segment.most, 0 if isinstance(used, int) else address_of(used), pieces),
             *map(self.kernel, kernels),
+            *(self.kernel("softmax:1" if segment.aged else "softmax"), *segment.low, *segment.high),
         )
 
     def _note(self, call: Call, pieces: list[int], start: int) -> None:
@@ -173,22 +193,22 @@ class AttentionOps(Launcher):
         scale = 1 / math.sqrt(q.shape[2]) if rule.scale is None else rule.scale
         there = np.empty((*out.shape[:2], _padded(out.shape[2])), np.float32)
         held = [(*segment.held(), segment) for segment in call.segments]
-        segments = [Segment(_widened(k), _widened(v), s.pos, s.used) for k, v, s in held]
+        segments = [Segment(widened(k), widened(v), s.pos, s.used) for k, v, s in held]
         rule = replace(rule, scale=scale)
-        self.attend(_widened(q), call.q_pos, segments, rule, there, prompt, call.noted, call.since)
+        self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.noted, call.since)
         out[:] = there[..., : out.shape[2]]
 
 
-def _value_blocks(dim_v: int) -> int:
-    """How many vectors of a value's row are summed at once."""
-    return next(size for size in (4, 3, 2, 1) if dim_v // 16 % size == 0)
+def value_blocks(dim_v: int, span: int = 16) -> int:
+    """How many vectors of a value's row are summed at once; so many values are unpacked together."""
+    return next(size for size in (4, 3, 2, 1) if dim_v // 16 % size == 0 and 16 * size % span == 0)
 
 
 def _padded(dim: int) -> int:
     return (dim + 15) // 16 * 16
 
 
-def _widened(a: np.ndarray) -> np.ndarray:
+def widened(a: np.ndarray) -> np.ndarray:
     """A float32 copy of [.., .., d] with zeros up to a multiple of 16."""
     out = np.zeros((*a.shape[:2], _padded(a.shape[2])), np.float32)
     out[..., : a.shape[2]] = a

@@ -13,7 +13,8 @@ import numpy as np
 from cmr.evidence import UNIT
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, Segment, make_buffer
+from cmr.ops.pack import pack, turn, unpack
+from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer
 from cmr.quants import row_bytes
 
 # Decoded weights are kept up to here; what comes later is decoded again in every call.
@@ -187,8 +188,12 @@ class PortableOps:
         with np.errstate(over="ignore", under="ignore"):  # what a half cannot hold becomes infinite or zero
             for head, start in enumerate(_counts(segment)):
                 slots = slice(start, start + len(pos))
-                segment.k[head, slots] = k_new[:, head]
-                segment.v[head, slots] = v_new[:, head]
+                k = turn(k_new[:, head]) if segment.turned_k else k_new[:, head]
+                v = turn(v_new[:, head]) if segment.turned_v else v_new[:, head]
+                segment.k[head, slots], segment.v[head, slots] = (
+                    pack(k, segment.k_type),
+                    pack(v, segment.v_type),
+                )
                 (segment.pos if segment.pos.ndim == 1 else segment.pos[head])[slots] = pos
 
     def attend(
@@ -202,6 +207,7 @@ class PortableOps:
         noted: np.ndarray | None = None,
         since: int = 0,
     ) -> None:
+        q = turn(q) if segments[0].turned_k else q
         scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
         kv_heads = len(segments[0].k)
         width = q.shape[1] // kv_heads
@@ -209,7 +215,7 @@ class PortableOps:
             held = [_held(segment, group) for segment in segments]
             heads = slice(group * width, (group + 1) * width)
             for row, p in enumerate(np.asarray(q_pos).tolist()):
-                seen = [_visible(slots, p, rule) for _, _, slots in held]
+                seen = [_seen(segment, slots, p, rule) for segment, (_, _, slots) in zip(segments, held)]
                 queries = (q[row, heads].astype(np.float64) * scale).T
                 scores = np.concatenate([keys[some] @ queries for (keys, _, _), some in zip(held, seen)])
                 values = np.concatenate([values[some] for (_, values, _), some in zip(held, seen)])
@@ -218,6 +224,8 @@ class PortableOps:
                 if noted is not None and p >= since:
                     counts = np.rint(weights / UNIT).sum(1).astype(noted.dtype)
                     noted[0 if prompt else row, group, seen[0]] += counts  # notes are of a single segment
+        if segments[0].turned_v:
+            out[:] = turn(out)
 
     def close(self) -> None:
         """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
@@ -251,8 +259,27 @@ def _held(segment: Segment, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Keys and values of a head's slots as float64 [slots, dim], and their positions."""
     count = _counts(segment)[head]
     slots = segment.pos if segment.pos.ndim == 1 else segment.pos[head]
-    keys, values = (a[head, :count].astype(np.float64) for a in (segment.k, segment.v))
-    return keys, values, slots[:count]
+    keys, values = (
+        unpack(segment.k[head, :count], segment.k_type),
+        unpack(segment.v[head, :count], segment.v_type),
+    )
+    return keys.astype(np.float64), values.astype(np.float64), slots[:count]
+
+
+def _seen(segment: Segment, slots: np.ndarray, p: int, rule: Any) -> Any:
+    """Index the slots of a segment that a query at position p may see, by its rule and their age."""
+    seen = _visible(slots, p, rule)
+    if not segment.aged:
+        return seen
+    low, high = (_bound(end, p) for end in (segment.low, segment.high))
+    within = np.arange(len(slots))[seen]
+    return within[(slots[within] >= low) & ((slots[within] < high) | (segment.high == NO_AGE))]
+
+
+def _bound(end: tuple[int, int], p: int) -> int:
+    """The position that one end of a segment stands for, for a query at p."""
+    age, start = end
+    return 0 if age < 0 else max(start, max(0, p - age) // AGES * AGES)
 
 
 def _visible(slots: np.ndarray, p: int, rule: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 ALIGNMENT = 64
+NO_AGE = (-1, 0)
+AGES = 64  # tokens grow older in steps of so many positions
 FLOATS = {"e": "F16", "f": "F32"}
 
 
@@ -83,9 +85,13 @@ class RopeTable:
 class Segment:
     """Slots that lie together: K and V of one layer in order of position, of which `used` count.
 
-    `k` and `v` are [kv_heads, capacity, dim], float16 or float32. `pos` is int32 [capacity] and `used` an int,
-    or, where heads hold different slots, int32 [kv_heads, capacity] and int32 [kv_heads]. `grows` says
-    whether new rows are written behind them.
+    `k` and `v` are [kv_heads, capacity, dim], float16 or float32, or uint8 [kv_heads, capacity, bytes] of the
+    quantized types that pack.py names. `pos` is int32 [capacity] and `used` an int, or, where heads hold
+    different slots, int32 [kv_heads, capacity] and int32 [kv_heads]. `grows` says whether new rows are
+    written behind them. Turned keys or values are stored rotated by a Hadamard matrix (see pack.turn).
+
+    A query at p sees positions from `low` up to, not including, `high` at most, besides what its rule says. Each is
+    (age, start), for max(start, (p - age) rounded down to a multiple of 64, and not below 0), or NO_AGE.
     """
 
     k: np.ndarray
@@ -95,10 +101,19 @@ class Segment:
     k_type: str = ""
     v_type: str = ""
     grows: bool = True
+    turned_k: bool = False
+    turned_v: bool = False
+    low: tuple[int, int] = NO_AGE
+    high: tuple[int, int] = NO_AGE
 
     def __post_init__(self) -> None:
         self.k_type = self.k_type or FLOATS[self.k.dtype.char]
         self.v_type = self.v_type or FLOATS[self.v.dtype.char]
+
+    @property
+    def aged(self) -> bool:
+        """Whether what queries see depends on the age of tokens."""
+        return self.low != NO_AGE or self.high != NO_AGE
 
     @property
     def most(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..records import AGES
 from . import attention, noting  # noqa: F401  (registers its emitters)
 from .attention import PIECE, TILE
 from .emit import call_kernel, emitter, write
@@ -17,6 +18,7 @@ SHARED = (
 SEGMENT = (
     *("k", "k_stride", "k_row", "v", "v_stride", "v_row", "positions", "positions_stride"),
     *("used", "used_by_head", "pieces", "read_k", "read_v", "softmax"),
+    *("low_age", "low_start", "high_age", "high_start"),
 )
 DECODE = (*SHARED, "partials", "pieces", *noting.NOTES)
 PROMPT = (*SHARED, "multiply", "multiply_add", "blocks", "scale_row", *noting.NOTES)
@@ -98,6 +100,22 @@ class _Segment:
         late = v.compare(self.position(start), ">=", f["sinks"])
         return v.b.and_(v.compare(f["window"], "!=", 0), v.b.and_(far, late))
 
+    def bounds(self, q_pos):
+        """The positions from and up to which a query sees the segment at most (see records.Segment)."""
+        return self._bound("low", q_pos, -(1 << 30)), self._bound("high", q_pos, (1 << 31) - 1)
+
+    def _bound(self, end, q_pos, none):
+        v, age, start = self.v, self.f[end + "_age"], self.f[end + "_start"]
+        old = v.sub(q_pos, age)
+        old = v.b.and_(v.choose(v.compare(old, ">", 0), old, 0), v.i(-AGES))
+        return v.choose(v.compare(age, "<", 0), none, v.choose(v.compare(old, ">", start), old, start))
+
+    def out_of_bounds(self, start, count, first_pos, last_pos):
+        """Whether no query at first_pos to last_pos sees any of these slots, for their age."""
+        v, low, high = self.v, self.bounds(first_pos)[0], self.bounds(last_pos)[1]
+        early = v.compare(self.position(v.sub(v.add(start, count), 1)), "<", low)
+        return v.b.or_(early, v.compare(self.position(start), ">=", high))
+
     def read(self, base, *args):
         """Call the kernel that reads keys or values."""
         call_kernel(self.v, self.f["read_" + base], *args)
@@ -105,7 +123,8 @@ class _Segment:
     def softmax(self, row, start, count, q_pos, state, factor):
         f, positions = self.view.f, self.v.add(self.positions, self.v.mul(start, 4))
         rule = (f["window"], f["sinks"], f["scale"], f["cap"])
-        call_kernel(self.v, self.f["softmax"], row, positions, count, q_pos, *rule, state, factor)
+        bounds = self.bounds(q_pos)
+        call_kernel(self.v, self.f["softmax"], row, positions, count, q_pos, *rule, state, factor, *bounds)
 
 
 @emitter("attend_decode")
@@ -158,7 +177,9 @@ def _one_piece(v, view, segment, scratch, piece, within):
     count = v.smin(v.sub(segment.used(), start), PIECE)
     empty = v.variable(v.compare(count, "<=", 0))
     with v.when(v.b.not_(v.get(empty))):
-        v.set(empty, segment.out_of_window(start, count, view.q_pos(v.i(0))))
+        first_pos, last_pos = view.q_pos(v.i(0)), view.q_pos(v.sub(f["n"], 1))
+        aged = segment.out_of_bounds(start, count, first_pos, last_pos)
+        v.set(empty, v.b.or_(aged, segment.out_of_window(start, count, first_pos)))
     some = v.b.not_(v.get(empty))
     total = v.mul(f["n"], view.group)
     passing, sums = v.add(scratch, 128), v.add(scratch, 128, v.mul(tile, 4 * PIECE))
@@ -282,7 +303,8 @@ def _each_tile(v, view, segment, start, rows, body):
         leave(v.compare(at, ">=", used))
         leave(v.compare(segment.position(at), ">", last_pos))
         count = v.smin(v.sub(used, at), TILE)
-        with v.when(v.b.not_(segment.out_of_window(at, count, first_pos))):
+        aged = segment.out_of_bounds(at, count, first_pos, last_pos)
+        with v.when(v.b.not_(v.b.or_(aged, segment.out_of_window(at, count, first_pos)))):
             body(at, count)
         v.set(slot, v.add(at, TILE))
 

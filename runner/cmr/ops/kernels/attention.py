@@ -69,6 +69,13 @@ def _visible(v, positions, q_pos, window, sinks, lanes):
     return v.b.and_(seen, v.b.or_(free, v.b.or_(near, early)))
 
 
+def _within(v, positions, low, high):
+    """Which positions lie from low up to but not including high."""
+    low, high = (v.splat(v.b.trunc(v.sub(end, 1), I32), positions.type.count) for end in (low, high))
+    above = v.b.icmp_signed(">", positions, low)
+    return v.b.and_(above, v.b.icmp_signed("<=", positions, high))
+
+
 def _capped(v, s, scale, cap, capped):
     """scale*s, and the soft cap where there is one."""
     slot = v.variable(v.b.fmul(s, scale))
@@ -78,11 +85,12 @@ def _capped(v, s, scale, cap, capped):
 
 
 @emitter("softmax")
-def softmax(v, args):
+def softmax(v, args, bounded="0"):
     """Turn a row of raw scores into weights in place, relative to the row's maximum; returns nothing.
 
     Arguments: scores, positions (int32), count, q_pos, window, sinks, scale (bits), cap (bits), state (float32 x 2:
-    running maximum and sum), factor (float32 out: by how much earlier sums shrink).
+    running maximum and sum), factor (float32 out: by how much earlier sums shrink), and, where bounded, low and high:
+    positions from low up to but not including high are seen.
     """
     row, positions, count, q_pos, window, sinks, scale, cap, state, factor = args[:10]
     lanes = 16
@@ -94,7 +102,10 @@ def softmax(v, args):
     with v.loop(0, count, lanes) as at:
         left = v.splat(v.b.trunc(v.sub(count, at), I32), lanes)
         inside = v.b.icmp_signed("<", index, left)
-        seen = _visible(v, _positions(v, positions, at, count, lanes), q_pos, window, sinks, lanes)
+        held = _positions(v, positions, at, count, lanes)
+        seen = _visible(v, held, q_pos, window, sinks, lanes)
+        if bounded == "1":
+            seen = v.b.and_(seen, _within(v, held, *args[10:12]))
         s = _capped(v, v.load(v.add(row, v.mul(at, 4)), F32, lanes), scale_v, cap_v, capped)
         s = v.b.select(v.b.and_(inside, seen), s, never)
         v.store(v.add(row, v.mul(at, 4)), s)
