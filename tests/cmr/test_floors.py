@@ -15,7 +15,7 @@ FLOORS = [
     {"gguf_header"},
     {"gguf_file", "rope"},
     {"ops", "config"},
-    {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer"},
+    {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},
     {"weights", "arena", "replay"},
     {"replay"},
     {"model", "discovery", "blame", "calls", "scheduler"},

@@ -18,8 +18,10 @@ from cmr.bench.peer import LlamaWorker, Peer, open_peer
 from cmr.bench.quality import WINDOW, quality
 from cmr.bench.quiet import LIMIT, Watch
 from cmr.cli.options import Parser, numbers, real, whole
+from cmr.cli.plotting import check_plot, draw, plot_option
 from cmr.cli.progress import Progress, say
 from cmr.errors import RequestError
+from cmr.plots.measured import speed_charts
 
 QUALITY_TOKENS = 4096
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if rows:
         print({"md": report.table, "csv": report.as_csv, "json": _json}[args.output](rows))
     if rows and args.plot:
-        say(report.bars(rows))
+        draw(speed_charts(rows), args.plot, report.bars(rows))
     for path in args.files:
         for line in _footprint(path, args):
             say(line) if args.output != "md" else print(line)
@@ -82,7 +84,7 @@ def _other_flags(add: Callable[..., Any]) -> None:
     add("--memory", type=whole(16), metavar="N", help="weigh memory beyond the file with N tokens of context")
     add("--quality", metavar="FILE", help="KL divergence from float activations on this text")
     add("-o", "--output", choices=["md", "csv", "json"], default="md", help="form of the result")
-    add("--plot", action="store_true", help="draw the speeds as bars on stderr")
+    plot_option(add)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -96,6 +98,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _refuse(args: argparse.Namespace) -> None:
+    check_plot(args.plot)
     if args.ab and args.plugin:
         raise RequestError("--plugin and --ab both name plugins; write them into A and B")
     if (args.peer_python or args.peer_bench) and not args.peer:

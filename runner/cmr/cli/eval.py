@@ -12,6 +12,7 @@ from typing import Any
 
 import cmr
 from cmr.cli.options import Parser, numbers, whole
+from cmr.cli.plotting import check_plot, draw, plot_option
 from cmr.cli.progress import Progress, say
 from cmr.errors import FileError, RequestError
 from cmr.eval import report
@@ -23,6 +24,7 @@ from cmr.eval.hellaswag import choose, hellaswag, read_tasks
 from cmr.eval.perplexity import Live, Perplexity, compare_text, log_probs
 from cmr.eval.suites import suites
 from cmr.model import Model, open_model
+from cmr.plots.measured import cost_charts
 from cmr.session import Session
 
 TASKS = 400
@@ -45,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({**about, "settings": results}, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join(report.tables(results)))
+    if args.plot:
+        draw(cost_charts(results), args.plot)
     return 0
 
 
@@ -57,6 +61,7 @@ def _parser() -> Parser:
     add("-t", "--threads", type=whole(1), metavar="N", help="threads")
     add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
     add("-o", "--output", choices=["md", "json"], default="md", help="form of the result")
+    plot_option(add)
     return parser
 
 
@@ -106,6 +111,7 @@ def _side_flags(add: Callable[..., Any]) -> None:
 
 def _refuse(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before a file is opened."""
+    check_plot(args.plot)
     saved, live = args.kl_divergence_base, args.base is not None or args.base_model
     if not (args.file or saved or args.hellaswag or args.suite):
         raise RequestError("nothing is to be measured; give a text with -f, --hellaswag FILE, or --suite all")

@@ -1,0 +1,1 @@
+"""Measurements as pictures: what is drawn, in a terminal and as PNG."""
