@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cmr.hookspecs import hookimpl
     from cmr.kvcache import AttnRule, LayerCache
     from cmr.model import open_model
+    from cmr.ops.records import Pages
     from cmr.sampling import SamplerSettings
     from cmr.sequence import Request
     from cmr.session import Session
@@ -27,6 +28,7 @@ _HOMES = {
     "FileError": "errors",
     "LayerCache": "kvcache",
     "ModelError": "errors",
+    "Pages": "ops.records",
     "PluginError": "errors",
     "Request": "sequence",
     "RequestError": "errors",
@@ -39,7 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "PluginError", "Request", "RequestError",
+    "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "Pages", "PluginError", "Request", "RequestError",
     "SamplerSettings", "Session", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 

@@ -128,6 +128,10 @@ class LayerCache:
         since = 0 if self.noted is None else self.noted.since
         self.ops.attend(q, q_pos, [self._segment()], rule, out, prompt, rows, since)
 
+    def segments(self) -> list[Segment]:
+        """Return what is held as the op table reads it."""
+        return [self._segment()]
+
     # -- what attention was seen to do --
 
     def note(self, kind: str) -> None:

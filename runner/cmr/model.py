@@ -83,6 +83,7 @@ class Model:
         self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
         self.weights = Weights(ops, config, file.tensors)
         self._arena: Arena | None = None
+        self._headed = False  # whether logits hold those of all rows already
         self._replay = Replay(ops)
         self._held: tuple[Callable[[int], None], int, Layer] | None = None
 
@@ -143,6 +144,7 @@ class Model:
         while place < count:
             index = plan.layers[place]
             layer = self._acquire(weights, index)
+            self._headed = False
             if weights is not self.weights:
                 replay.note(self._acquire_again, (weights, index, layer, place))
             self._block(plan, step, layer, arena)
@@ -154,7 +156,36 @@ class Model:
             if plan.on_layer:
                 hidden = arena.hidden.array[: len(step.tokens)]
                 place = replay.call(step, _shown, plan.on_layer, index, hidden, place, count)
-        self._logits(step, arena)
+        if not self._headed:
+            self._logits(step, arena)
+
+    def head(self, step: Any, rows: slice) -> np.ndarray:
+        """Return the logits that rows of the step under way would have if the layers ended here.
+
+        For a plugin's on_layer: float32 [rows, n_vocab], valid until the next call. The rows have one role.
+        """
+        arena, n = self._rows(len(step.tokens)), rows.stop - rows.start
+        arena.want(max(n, sum(part.want for part in step.parts)))
+        arena.last.array[:n] = arena.hidden.array[rows]
+        self._project_logits(arena, arena.last, n, n if rows.start < step.n_prompt else 0)
+        self._headed = n == len(step.tokens) and all(part.want == len(part.tokens) for part in step.parts)
+        return arena.logits.array[:n]
+
+    def write_kv(self, plan: Any, step: Any, layers: Sequence[int]) -> None:
+        """Write keys and values of the step under way into the caches of layers that are left out.
+
+        They are computed from what the layer before those gave, as if each left out passed it on.
+        """
+        arena = self._rows(len(step.tokens))
+        for index in layers:
+            layer = plan.weights.acquire(index)
+            try:
+                self._queries_and_keys(step, layer, arena, self.config.n_heads[index])
+                for part, rows in zip(step.parts, step.spans):
+                    _, k, v, _ = arena.heads(index, rows)
+                    part.seq.caches[index].append(k, v, arena.pos[rows])
+            finally:
+                plan.weights.release(index)
 
     def _acquire(self, weights: Any, index: int) -> Layer:
         """Hold a layer's weights until _release; they may be held already."""
@@ -247,13 +278,14 @@ class Model:
             if plan.on_attention:
                 replay.call(step, _attention_shown, plan.on_attention, number, index, heads[0])
 
-    def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena) -> None:
-        """qkv = rotated queries, rotated keys and values of every row."""
+    def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena, first: int = 0) -> None:
+        """qkv = rotated queries, rotated keys and values of every row; no queries if `first` is behind them."""
         config, ops, x = self.config, self.ops, arena.qkv
         n, index, dim = len(step.tokens), layer.index, self.config.head_dim
         heads, kv_heads = config.n_heads[index], config.n_kv_heads[index]
-        ops.project(arena.hidden, n, step.n_prompt, layer.attn_qkv, x, norm=layer.attn_norm)
-        if layer.attn_q_norm is not None:
+        parts = layer.attn_qkv[1:] if first else layer.attn_qkv
+        ops.project(arena.hidden, n, step.n_prompt, parts, x, norm=layer.attn_norm, column=first * dim)
+        if layer.attn_q_norm is not None and not first:
             apart = layer.q_norm_heads
             ops.head_norm(x, n, 0, apart, heads * dim // apart, layer.attn_q_norm)
         if layer.attn_k_norm is not None:
@@ -261,7 +293,7 @@ class Model:
             ops.head_norm(x, n, heads * dim, apart, kv_heads * dim // apart, layer.attn_k_norm)
         rotation = self.ropes[index]
         if rotation is not None:
-            ops.rope(x, n, arena.pos[:n], 0, heads + kv_heads, dim, *rotation)
+            ops.rope(x, n, arena.pos[:n], first * dim, heads + kv_heads - first, dim, *rotation)
         if config.attn_temperature is not None:
             self._replay.call(step, _warmed, x.array[:n, : heads * dim], *config.attn_temperature)
 
@@ -277,9 +309,13 @@ class Model:
             for part, rows in zip(step.parts, step.spans):
                 last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
                 row += part.want
+        self._project_logits(arena, last, total, n_prompt)
+
+    def _project_logits(self, arena: Arena, x: Any, n: int, n_prompt: int) -> None:
+        """logits = output @ norm(x) of n rows."""
         norm = self.weights.output_norm
-        self.ops.project(last, total, n_prompt, self.weights.output, arena.logits, norm=norm)
-        self.ops.finish_logits(arena.logits, total, self.config.logit_scale, self.config.logit_softcap)
+        self.ops.project(x, n, n_prompt, self.weights.output, arena.logits, norm=norm)
+        self.ops.finish_logits(arena.logits, n, self.config.logit_scale, self.config.logit_softcap)
 
 
 def plain_plan(model: Model) -> PlainPlan:

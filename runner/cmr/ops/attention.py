@@ -52,7 +52,7 @@ class Call:
         n, heads, dim = q.shape
         scale = 1 / math.sqrt(dim) if rule.scale is None else rule.scale
         return (
-            *(address_of(q), q.strides[0], n, heads, len(self.segments[0].k), dim, out.shape[2]),
+            *(n, heads, len(self.segments[0].k), dim, out.shape[2]),
             *(address_of(self.q_pos), rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
             *(address_of(out), out.strides[0], len(self.segments)),
         )
@@ -131,7 +131,7 @@ class AttentionOps(Launcher):
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
             kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0")
-            fields += self._segment(segment, 0, kernels)
+            fields += self._segment(call, segment, 0, kernels)
         self._run("attend_prompt", call.work, tuple(fields), True, 1)
 
     def _attend_decode(self, call: Call) -> None:
@@ -150,7 +150,7 @@ class AttentionOps(Launcher):
         for segment, count in zip(call.segments, pieces):
             blocks = value_blocks(dim_v, span(segment.v_type))
             kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}")
-            fields += self._segment(segment, count, kernels)
+            fields += self._segment(call, segment, count, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
             self._note(call, pieces, start + len(attend.DECODE))
@@ -161,13 +161,18 @@ class AttentionOps(Launcher):
         each = (each + 63) // 64 * 64
         return self._notes.reach(each * self._pool.threads), each
 
-    def _segment(self, segment: Segment, pieces: int, kernels: tuple[str, str]) -> tuple[int, ...]:
+    def _segment(
+        self, call: Call, segment: Segment, pieces: int, kernels: tuple[str, str]
+    ) -> tuple[int, ...]:
         """The fields attend.SEGMENT."""
-        k, v, used = segment.k, segment.v, segment.used
+        k, v, used, tiles = segment.k, segment.v, segment.used, segment.tiles
+        q = call.q if segment.q is None else segment.q
         return (
             *(address_of(k), k.strides[0], k.strides[1], address_of(v), v.strides[0], v.strides[1]),
             *(address_of(segment.pos), segment.pos_stride),
             *(segment.most, 0 if isinstance(used, int) else address_of(used), pieces),
+            *(address_of(q), q.strides[0]),
+            *((0, 0) if tiles is None else (address_of(tiles), tiles.strides[0])),
             *map(self.kernel, kernels),
             *(self.kernel("softmax:1" if segment.aged else "softmax"), *segment.low, *segment.high),
         )
@@ -192,8 +197,11 @@ class AttentionOps(Launcher):
         q, out, rule = call.q, call.out, call.rule
         scale = 1 / math.sqrt(q.shape[2]) if rule.scale is None else rule.scale
         there = np.empty((*out.shape[:2], _padded(out.shape[2])), np.float32)
-        held = [(*segment.held(), segment) for segment in call.segments]
-        segments = [Segment(widened(k), widened(v), s.pos, s.used) for k, v, s in held]
+        segments = []
+        for segment in call.segments:
+            k, v = map(widened, segment.held())
+            own = None if segment.q is None else widened(segment.q)
+            segments.append(Segment(k, v, segment.pos, segment.used, q=own, tiles=segment.tiles))
         rule = replace(rule, scale=scale)
         self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.noted, call.since)
         out[:] = there[..., : out.shape[2]]

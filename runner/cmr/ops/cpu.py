@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from cmr.gguf_file import Tensor
-from cmr.ops.attention import AttentionOps
 from cmr.ops.kernels import gemm, jobs, rows
 from cmr.ops.kernels.dequant import dequant_rows
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import STEP
 from cmr.ops.launcher import float_bits
+from cmr.ops.pages import PageOps
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
 from cmr.quants import FORMATS, row_bytes
 
@@ -21,7 +21,7 @@ Part = tuple[Matrix, np.ndarray | None]
 KEPT_CALLS = 8192
 
 
-class CpuOps(AttentionOps):
+class CpuOps(PageOps):
     """Every operation of `cmr.ops.table.Ops`; kernels are compiled when a model first needs them."""
 
     name = "cpu"

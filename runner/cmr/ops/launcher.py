@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import attend, jobs, turning
+from cmr.ops.kernels import attend, jobs, pages, turning
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.threads import Pool
 from cmr.ops.program import Program, Stretch
@@ -27,6 +27,7 @@ JOBS = {
     "turn_rows": turning.TURN_ROWS,
     "attend_decode": attend.DECODE,
     "attend_prompt": attend.PROMPT,
+    "attend_pages": pages.PAGES,
 }
 SMALL_WORK = 32768  # elements below which one thread is faster than waking others
 

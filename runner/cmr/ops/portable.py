@@ -14,6 +14,7 @@ from cmr.evidence import UNIT
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
+from cmr.ops.portable_pages import PortablePages
 from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer
 from cmr.quants import row_bytes
 
@@ -25,7 +26,7 @@ BLOCK_ROWS = 2048
 Part = tuple[Matrix, np.ndarray | None]
 
 
-class PortableOps:
+class PortableOps(PortablePages):
     """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
 
     name = "portable"
@@ -216,8 +217,12 @@ class PortableOps:
             heads = slice(group * width, (group + 1) * width)
             for row, p in enumerate(np.asarray(q_pos).tolist()):
                 seen = [_seen(segment, slots, p, rule) for segment, (_, _, slots) in zip(segments, held)]
-                queries = (q[row, heads].astype(np.float64) * scale).T
-                scores = np.concatenate([keys[some] @ queries for (keys, _, _), some in zip(held, seen)])
+                if prompt:
+                    seen = [_listed(segment, group, some) for segment, some in zip(segments, seen)]
+                meets = [q if segment.q is None else segment.q for segment in segments]
+                queries = [(own[row, heads].astype(np.float64) * scale).T for own in meets]
+                products = zip(held, seen, queries)
+                scores = np.concatenate([keys[some] @ own for (keys, _, _), some, own in products])
                 values = np.concatenate([values[some] for (_, values, _), some in zip(held, seen)])
                 weights = _softmax(scores, rule.softcap)
                 out[row, heads] = weights.T @ values
@@ -292,6 +297,14 @@ def _visible(slots: np.ndarray, p: int, rule: Any) -> Any:
     if sinks == 0 or sinks >= start:
         return slice(0 if sinks >= start else start, end)
     return np.r_[0:sinks, start:end]
+
+
+def _listed(segment: Segment, head: int, some: Any) -> Any:
+    """Of the slots that a prompt may see, index those in tiles that it looks at."""
+    if segment.tiles is None:
+        return some
+    slots = np.arange(segment.k.shape[1])[some]
+    return slots[segment.tiles[head, slots // 64] != 0]
 
 
 def _softmax(scores: np.ndarray, softcap: float) -> np.ndarray:

@@ -90,6 +90,9 @@ class Segment:
     different slots, int32 [kv_heads, capacity] and int32 [kv_heads]. `grows` says whether new rows are
     written behind them. Turned keys or values are stored rotated by a Hadamard matrix (see pack.turn).
 
+    `q` are queries of its own, of the shape of the call's, where its keys are rotated otherwise. `tiles` uint8
+    [kv_heads, tiles of 64 slots] is 0 for those that a prompt leaves out.
+
     A query at p sees positions from `low` up to, not including, `high` at most, besides what its rule says. Each is
     (age, start), for max(start, (p - age) rounded down to a multiple of 64, and not below 0), or NO_AGE.
     """
@@ -105,6 +108,8 @@ class Segment:
     turned_v: bool = False
     low: tuple[int, int] = NO_AGE
     high: tuple[int, int] = NO_AGE
+    q: np.ndarray | None = None
+    tiles: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.k_type = self.k_type or FLOATS[self.k.dtype.char]
@@ -128,6 +133,28 @@ class Segment:
     def held(self) -> tuple[np.ndarray, np.ndarray]:
         """Return K and V of the slots in use, as they are stored."""
         return self.k[:, : self.most], self.v[:, : self.most]
+
+
+@dataclass(eq=False, slots=True)
+class Pages:
+    """Which pages of `size` slots a generated row attends to: first ones, newest ones, and the best of the others.
+
+    Those are the `first` pages, the `last` whole ones with what follows them, and of the others the `top` by the
+    most that a query can score with a key of theirs. `edges` [kv_heads, pages, 2, dim] are the least and the
+    largest value of each dimension of the keys of whole pages, in the keys' type. `size` is a multiple of 16
+    that divides 512.
+    """
+
+    size: int
+    first: int
+    last: int
+    top: int
+    edges: np.ndarray
+
+    @property
+    def slots(self) -> int:
+        """The most slots that a row attends to."""
+        return self.size * (self.first + self.top + self.last + 1)
 
 
 def make_buffer(rows: int, cols: int) -> Buffer:

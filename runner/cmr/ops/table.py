@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cmr.gguf_file import Tensor
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, Segment
+from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Segment
 
 Part = tuple[Matrix, np.ndarray | None]
 
@@ -134,6 +134,15 @@ class Ops(Protocol):
         Where `noted` is given (zeros, for a single segment) the weights of queries at position `since` and
         later, in units of evidence.UNIT, are summed over the query heads of a key head: int32 [n, kv_heads,
         slots rounded up to 64] for generated rows, added up over rows for a prompt: int64 [1, kv_heads, ...].
+        """
+
+    def attend_pages(
+        self, q: np.ndarray, q_pos: np.ndarray, segment: Segment, pages: Pages, rule: Any, out: np.ndarray
+    ) -> None:
+        """Attend from generated rows to chosen pages of one segment, whose last slots are those of the rows.
+
+        For each row and key head pages are ranked by the most that a query of its group can score with one of
+        their keys, less the most that this query can score with any ranked page. No window is obeyed.
         """
 
     def close(self) -> None:

@@ -8,16 +8,16 @@ from .attention import PIECE, TILE
 from .emit import call_kernel, emitter, write
 from .jobs import read_fields
 from .threads import COUNTERS, draw
-from .vector import I32, I64
+from .vector import I8, I32, I64
 
 SHARED = (
-    *("q", "q_stride", "n", "heads", "kv_heads", "dim", "dim_v", "q_pos", "window", "sinks", "scale", "cap"),
+    *("n", "heads", "kv_heads", "dim", "dim_v", "q_pos", "window", "sinks", "scale", "cap"),
     *("out", "out_stride", "segments", "scratch", "scratch_stride", "tile"),
 )
 # The fields of each segment follow those of its job.
 SEGMENT = (
     *("k", "k_stride", "k_row", "v", "v_stride", "v_row", "positions", "positions_stride"),
-    *("used", "used_by_head", "pieces", "read_k", "read_v", "softmax"),
+    *("used", "used_by_head", "pieces", "q", "q_row", "tiles", "tiles_stride", "read_k", "read_v", "softmax"),
     *("low_age", "low_start", "high_age", "high_start"),
 )
 DECODE = (*SHARED, "partials", "pieces", *noting.NOTES)
@@ -51,30 +51,34 @@ def _int32(v, address, index):
     return v.b.sext(v.load(v.add(address, v.mul(index, 4)), I32), I64)
 
 
-class _View:
+class View:
     """The fields of a job and what follows from them; `first` is the address of its first segment."""
 
     def __init__(self, v, argument, names):
         self.v, self.f = v, read_fields(v, argument, names)
         self.group = v.divide(self.f["heads"], self.f["kv_heads"])
         self.first = v.add(argument, 8 * len(names))
-        self.noting = v.compare(self.f["notes"], "!=", 0)
+
+    @property
+    def noting(self):
+        """Whether weights are noted."""
+        return self.v.compare(self.f["notes"], "!=", 0)
 
     def q_pos(self, row):
         return _int32(self.v, self.f["q_pos"], row)
 
-    def query(self, row, head, base="q", width="dim"):
-        """The address of a head of a row of the queries, or of the output."""
+    def output(self, row, head):
+        """The address of a head of a row of the output."""
         v, f = self.v, self.f
-        return v.add(f[base], v.mul(row, f[base + "_stride"]), v.mul(v.mul(head, f[width]), 4))
+        return v.add(f["out"], v.mul(row, f["out_stride"]), v.mul(v.mul(head, f["dim_v"]), 4))
 
 
-class _Segment:
+class Slots:
     """One key head of a segment."""
 
     def __init__(self, view, address, head):
         v = self.v = view.v
-        self.view, self.f, self.head = view, read_fields(v, address, SEGMENT), head
+        self.view, self.f, self.head, self.address = view, read_fields(v, address, SEGMENT), head, address
         self.positions = v.add(self.f["positions"], v.mul(head, self.f["positions_stride"]))
 
     def used(self):
@@ -89,8 +93,22 @@ class _Segment:
         v, f = self.v, self.f
         return v.add(f[base], v.mul(self.head, f[base + "_stride"]), v.mul(slot, f[base + "_row"]))
 
+    def query(self, row, head):
+        """The address of a head of a row of the queries that this segment meets."""
+        v, f = self.v, self.f
+        return v.add(f["q"], v.mul(row, f["q_row"]), v.mul(v.mul(head, self.view.f["dim"]), 4))
+
     def position(self, slot):
         return _int32(self.v, self.positions, slot)
+
+    def left_out(self, start):
+        """Whether a prompt does not look at the tile that begins at a slot."""
+        v, f = self.v, self.f
+        listed = v.compare(f["tiles"], "!=", 0)
+        there = v.add(f["tiles"], v.mul(self.head, f["tiles_stride"]), v.divide(start, v.i(TILE)))
+        # Without a list any byte will do: the address of the fields themselves is one that can be read.
+        flag = v.load(v.choose(listed, there, self.address), I8)
+        return v.b.and_(listed, v.b.icmp_signed("==", flag, I8(0)))
 
     def out_of_window(self, start, count, q_pos):
         """Whether no query from q_pos on sees any of these slots for being too far back."""
@@ -131,7 +149,7 @@ class _Segment:
 def attend_decode(v, args):
     """Attention of a few generated tokens of one sequence; fields DECODE (tile: queries that share loads)."""
     control, argument, me, team = args[:4]
-    view = _View(v, argument, DECODE)
+    view = View(v, argument, DECODE)
     f = view.f
     scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     with v.repeat() as leave:
@@ -139,13 +157,13 @@ def attend_decode(v, args):
         leave(v.compare(item, ">=", v.mul(f["pieces"], f["kv_heads"])))
         g, piece = v.divide(item, f["pieces"]), v.remainder(item, f["pieces"])
         address, within = _find(v, view, piece)
-        _one_piece(v, view, _Segment(view, address, g), scratch, piece, within)
+        _one_piece(v, view, Slots(view, address, g), scratch, piece, within)
     write(v, "barrier", control, team)
     stride = v.add(v.mul(f["dim_v"], 4), 64)
     with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
         partials = v.add(f["partials"], v.mul(v.mul(query, f["pieces"]), stride))
         row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
-        write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.query(row, head, "out", "dim_v"))
+        write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.output(row, head))
     with v.when(view.noting):
         write(v, "barrier", control, team)
         with v.loop(me, v.mul(f["pieces"], f["kv_heads"]), team) as item:
@@ -155,7 +173,7 @@ def attend_decode(v, args):
 def _note_piece(v, view, scratch, g, piece):
     """Note the weights of a piece of the slots, which lie in one segment."""
     start = v.mul(piece, PIECE)
-    count = v.smin(v.sub(_Segment(view, view.first, g).used(), start), PIECE)
+    count = v.smin(v.sub(Slots(view, view.first, g).used(), start), PIECE)
     noting.note_piece(v, view, scratch, g, piece, count, start, lambda q, p: _partial(v, view, g, q, p)[1])
 
 
@@ -189,7 +207,7 @@ def _one_piece(v, view, segment, scratch, piece, within):
         with v.when(some):
             with v.loop(0, tile) as i:
                 query = v.smin(v.add(first, i), v.sub(total, 1))
-                v.store(v.add(scratch, v.mul(i, 8)), _query_address(v, view, g, query))
+                v.store(v.add(scratch, v.mul(i, 8)), _query_address(v, view, segment, query))
             k = segment.row("k", start)
             segment.read("k", scratch, k, segment.f["k_row"], count, f["dim"], weights)
         with v.loop(0, v.smin(tile, v.sub(total, first))) as i:
@@ -206,9 +224,9 @@ def _one_piece(v, view, segment, scratch, piece, within):
                 v.copy(v.add(partial, 64), v.add(sums, v.mul(i, size)), size)
 
 
-def _query_address(v, view, g, query):
-    head = v.add(v.mul(g, view.group), v.remainder(query, view.group))
-    return view.query(v.divide(query, view.group), head)
+def _query_address(v, view, segment, query):
+    head = v.add(v.mul(segment.head, view.group), v.remainder(query, view.group))
+    return segment.query(v.divide(query, view.group), head)
 
 
 def _partial(v, view, g, query, piece):
@@ -224,7 +242,7 @@ def _partial(v, view, g, query, piece):
 def attend_prompt(v, args):
     """Attention of a prompt's rows; fields PROMPT (tile: tokens of a work item, blocks: vectors of a value column)."""
     control, argument, me, team = args[:4]
-    view = _View(v, argument, PROMPT)
+    view = View(v, argument, PROMPT)
     f = view.f
     scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     tiles = v.divide(v.sub(v.add(f["n"], f["tile"]), 1), f["tile"])
@@ -270,11 +288,12 @@ def _prompt_item(v, view, scratch, me, g, start, rows):
         return v.add(start, v.divide(i, group)), v.add(v.mul(g, group), v.remainder(i, group))
 
     with v.loop(0, m) as i:
-        v.copy(v.add(item.queries, v.mul(i, wide)), view.query(*place(i)), wide)
         v.store(v.add(item.state, v.mul(i, 8)), I64(FRESH))
     v.clear(item.sums, v.mul(m, wide_v))
     with v.loop(0, f["segments"]) as k:
-        segment = _Segment(view, v.add(view.first, v.mul(k, 8 * len(SEGMENT))), g)
+        segment = Slots(view, v.add(view.first, v.mul(k, 8 * len(SEGMENT))), g)
+        with v.loop(0, m) as i:
+            v.copy(v.add(item.queries, v.mul(i, wide)), segment.query(*place(i)), wide)
         _each_tile(
             v,
             view,
@@ -285,11 +304,11 @@ def _prompt_item(v, view, scratch, me, g, start, rows):
         )
     with v.loop(0, m) as i:
         source, total = v.add(item.sums, v.mul(i, wide_v)), v.add(item.state, v.mul(i, 8), 4)
-        write(v, "divide_row", view.query(*place(i), "out", "dim_v"), source, f["dim_v"], total)
+        write(v, "divide_row", view.output(*place(i)), source, f["dim_v"], total)
     with v.when(item.noting):
         with v.loop(0, m) as i:
             item.room.finish(i, v.add(item.state, v.mul(i, 8)), view.q_pos(place(i)[0]))
-        segment = _Segment(view, view.first, g)
+        segment = Slots(view, view.first, g)
         _each_tile(v, view, segment, start, rows, lambda at, count: item.room.note_tile(segment, at, count))
 
 
@@ -304,7 +323,8 @@ def _each_tile(v, view, segment, start, rows, body):
         leave(v.compare(segment.position(at), ">", last_pos))
         count = v.smin(v.sub(used, at), TILE)
         aged = segment.out_of_bounds(at, count, first_pos, last_pos)
-        with v.when(v.b.not_(v.b.or_(aged, segment.out_of_window(at, count, first_pos)))):
+        unseen = v.b.or_(segment.out_of_window(at, count, first_pos), segment.left_out(at))
+        with v.when(v.b.not_(v.b.or_(aged, unseen))):
             body(at, count)
         v.set(slot, v.add(at, TILE))
 

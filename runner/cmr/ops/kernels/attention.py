@@ -18,7 +18,7 @@ GEMM_ROWS = 6 if TARGET.wide else 2
 NEVER = float("-inf")
 
 
-def _reduce_many(v, accs):
+def reduce_many(v, accs):
     """Sum the lanes of 16 vectors into one vector of 16 sums, each in the same order as the others."""
     width = 16
     while len(accs) > 1:
@@ -53,7 +53,7 @@ def scores(v, args, heads, type):
                     for s in range(slots):
                         slot_acc = accs[h * slots + s]
                         v.set(slot_acc, v.fma(parts[h], keys[s][i], v.get(slot_acc)))
-        sums = _reduce_many(v, [v.get(acc) for acc in accs])
+        sums = reduce_many(v, [v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * slots, slots)
             v.store(v.add(out, h * PIECE * 4, v.mul(slot, 4)), part)
@@ -139,8 +139,8 @@ def _positions(v, positions, at, count, lanes):
 
 
 @emitter("mix")
-def mix(v, args, heads, blocks, type):
-    """Weighted sums of value rows: out[h] = sum of p[h][slot] * value[slot].
+def mix(v, args, heads, blocks, type, more="0"):
+    """Weighted sums of value rows: out[h] = sum of p[h][slot] * value[slot], or += with `more`.
 
     Arguments: p (float32 [heads][512]), values (first slot), row bytes, count, dim, out, out stride (bytes).
     """
@@ -148,7 +148,10 @@ def mix(v, args, heads, blocks, type):
     heads, blocks = int(heads), int(blocks)
     width = 16 * blocks
     with v.loop(0, dim, width) as d:
-        accs = [[v.variable(fill(F32, 16, 0.0)) for _ in range(blocks)] for _ in range(heads)]
+        tops = [v.add(out, v.mul(out_stride, h), v.mul(d, 4)) for h in range(heads)]
+        there = [[v.add(top, 64 * k) for k in range(blocks)] for top in tops]
+        zero = fill(F32, 16, 0.0)
+        accs = [[v.variable(v.load(a, F32, 16) if more == "1" else zero) for a in row] for row in there]
         with v.loop(0, count) as slot:
             row = v.add(values, v.mul(slot, row_bytes))
             starts = [v.add(d, at) for at in range(0, width, span(type))]
@@ -159,7 +162,7 @@ def mix(v, args, heads, blocks, type):
                     v.set(accs[h][k], v.fma(weight, parts[k], v.get(accs[h][k])))
         for h in range(heads):
             for k in range(blocks):
-                v.store(v.add(out, v.mul(out_stride, h), v.mul(d, 4), 64 * k), v.get(accs[h][k]))
+                v.store(there[h][k], v.get(accs[h][k]))
 
 
 @emitter("small_gemm")
