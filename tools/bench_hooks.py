@@ -76,7 +76,7 @@ def hooked(model: Model, count: int, observers: int, base: type = Tokens) -> Cal
     """Return a session's loop with so many observing plugins."""
     kinds = [type(f"Observer{'ABCDEFGH'[i]}", (base,), {}) for i in range(observers)]
     session = Session.open(model, [kind() for kind in kinds])
-    request = Request(PROMPT, count, SamplerSettings(temp=0.0), ignore_eos=True)
+    request = Request(PROMPT, count, SamplerSettings(temp=0.0), stop_ids=frozenset())
     return lambda: list(session.generate(request))
 
 

@@ -22,7 +22,7 @@ class Arena:
 
     `hidden` is the residual stream, `qkv` queries, keys and values side by side, `mixed` what attention
     gives, `inner` the inside of the feed-forward part, `spare` a branch that a norm waits for, `last` the
-    rows whose `logits` count.
+    rows whose `logits` count. `tokens` and `pos` are int64 and int32 [rows].
     """
 
     def __init__(self, ops: Ops, config: Config, rows: int) -> None:
@@ -31,7 +31,7 @@ class Arena:
         self.hidden, self.qkv, self.mixed, self.inner, self.spare = buffers
         self.last: Buffer = ops.buffer(0, config.n_embd)
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
-        self.pos = np.zeros(rows, np.int32)
+        self.tokens, self.pos = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 
     @property
@@ -53,8 +53,11 @@ class Arena:
 
     def rows_of_logits(self, parts: Any) -> list[np.ndarray]:
         """Return views of the logits, float32 [part.want, n_vocab] for each part."""
-        stops = np.cumsum([part.want for part in parts]).tolist()
-        return [self.logits.array[stop - part.want : stop] for part, stop in zip(parts, stops)]
+        views, stop = [], 0
+        for part in parts:
+            start, stop = stop, stop + part.want
+            views.append(self.logits.array[start:stop])
+        return views
 
     def heads(self, layer: int, rows: slice) -> Heads:
         """Return views of a range of rows: q and out [n, heads, dim], k and v [n, kv_heads, dim]."""

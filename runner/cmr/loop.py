@@ -19,6 +19,7 @@ class Loop:
 
     def __init__(self, model: Any, plan: Plan, context: int) -> None:
         self.model, self.plan, self.scheduler, self.context = model, plan, plan.scheduler, context
+        self._trusted = plan.owners["scheduler"] == ("built in",)
         self.running: dict[Sequence, None] = {}
         self.figures = Figures()
         self.stepping = False
@@ -101,7 +102,7 @@ class Loop:
         """Ask the scheduler; if it fails or picks nothing that can run, all sequences end with its error."""
         try:
             picked = self.scheduler.pick()
-            if not _sound(picked, self.running):
+            if not (self._trusted or _sound(picked, self.running)):
                 owner = self.plan.owners["scheduler"][0]
                 raise PluginError(
                     f"{owner}: pick returned {picked!r:.200} with {len(self.running)} sequences under way; "

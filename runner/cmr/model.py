@@ -128,8 +128,7 @@ class Model:
         self._check(step.tokens)
         arena = self._rows(n)
         arena.want(sum(part.want for part in step.parts))
-        arena.pos[:n] = step.pos
-        self.ops.embed(self.weights.token_embd, step.tokens, arena.hidden, self.config.embed_scale)
+        arena.tokens[:n], arena.pos[:n] = step.tokens, step.pos
         try:
             self._replay.run(
                 plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
@@ -139,12 +138,14 @@ class Model:
         return arena.rows_of_logits(step.parts)
 
     def _layers(self, plan: Any, step: Any, arena: Arena, place: int) -> None:
-        """Run the layers of a plan from a place on, on the hidden rows, then the logits that parts want."""
+        """Run a plan from a place in its layers on: embeddings at 0, layers, the logits that parts want."""
         replay, weights, count = self._replay, plan.weights, len(plan.layers)
+        if place == 0:
+            tokens = arena.tokens[: len(step.tokens)]
+            self.ops.embed(self.weights.token_embd, tokens, arena.hidden, self.config.embed_scale)
         while place < count:
             index = plan.layers[place]
             layer = self._acquire(weights, index)
-            self._headed = False
             if weights is not self.weights:
                 replay.note(self._acquire_again, (weights, index, layer, place))
             self._block(plan, step, layer, arena)
@@ -155,9 +156,20 @@ class Model:
             place += 1
             if plan.on_layer:
                 hidden = arena.hidden.array[: len(step.tokens)]
-                place = replay.call(step, _shown, plan.on_layer, index, hidden, place, count)
-        if not self._headed:
+                place = replay.call(step, self._shown, plan.on_layer, index, hidden, place, count)
+        if place == count:
             self._logits(step, arena)
+
+    def _shown(self, step: Any, hooks: Any, layer: int, hidden: np.ndarray, place: int, count: int) -> int:
+        """Show plugins what came out of a layer; the place of the next in the plan.
+
+        `count` leaves the rest out; what is behind it leaves out the logits too, which there are already.
+        """
+        leaves = self._headed = False
+        for hook in hooks:
+            if hook(step, layer, hidden):
+                leaves = True
+        return count + self._headed if leaves else place
 
     def head(self, step: Any, rows: slice) -> np.ndarray:
         """Return the logits that rows of the step under way would have if the layers ended here.
@@ -235,7 +247,8 @@ class Model:
         self.file.close()
 
     def _check(self, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
+        ids = tokens.tolist()
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.n_vocab:
             bad = low if low < 0 else high
             raise RequestError(f"token {bad} is not in the vocabulary, which has ids 0 to {self.n_vocab - 1}")
@@ -330,15 +343,6 @@ def _attention_shown(step: Any, hooks: Any, number: int, layer: int, q: np.ndarr
     cache = seq.caches[layer]
     for hook in hooks:
         hook(seq, layer, q, cache)
-
-
-def _shown(step: Any, hooks: Any, layer: int, hidden: np.ndarray, place: int, count: int) -> int:
-    """Show plugins what came out of a layer; the place of the next in the plan, `count` to leave the rest out."""
-    leaves = False
-    for hook in hooks:
-        if hook(step, layer, hidden):
-            leaves = True
-    return count if leaves else place
 
 
 def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:

@@ -9,6 +9,7 @@ from cmr.errors import PluginError
 from cmr.kvcache import by_rule
 
 KEPT = 16  # recorded steps of different shapes, the least recently used of which goes
+PATIENCE = 2  # runs in a row that a call's answer may end early until the step is recorded anew
 UNSEEN, SEEN, NEVER = object(), object(), object()
 
 
@@ -34,6 +35,7 @@ class Recording:
         self.program = program
         self.segments: list[Any] = []
         self.stores: list[Store] = []
+        self.left = 0  # how often in a row a run could not go on to the end
         self._job = self._store = 0
 
     def stored(self, number: int, layer: int, rows: int, cache: Any, firsts: int, counts: int) -> None:
@@ -75,16 +77,13 @@ class Replay:
             return
         latest = plan.recorded
         known = latest.pop(shape, UNSEEN)
-        if known is UNSEEN or known is NEVER:
-            body(0)
-            known = SEEN if known is UNSEEN else NEVER
+        if isinstance(known, Recording):
+            known = self._again(known, step, body)
         elif known is SEEN:
             known = self._record(body)
         else:
-            place = self._play(known, step)
-            if place is not None:
-                body(place)
-                known = SEEN
+            body(0)
+            known = SEEN if known is UNSEEN else known
         latest[shape] = known
         if len(latest) > KEPT:
             del latest[next(iter(latest))]
@@ -97,7 +96,7 @@ class Replay:
         for part in step.parts:
             if part.want != len(part.tokens):
                 return None
-            shape += part.want, getattr(part.seq.caches[first], "generation", 0)
+            shape += part.want, id(part.seq.caches[first])
         return tuple(shape)
 
     def _record(self, body: Callable[[int], None]) -> Any:
@@ -114,14 +113,22 @@ class Replay:
         recording.seal()
         return recording
 
-    def _play(self, recording: Recording, step: Any) -> int | None:
-        """Run a recorded step; the place of a layer from which on it cannot be, or None."""
-        parts, replay = step.parts, self.ops.replay
-        if max([part.pos[-1] for part in parts]) >= recording.program.positions:
-            return 0
-        caches = self._placed(recording, parts)
+    def _again(self, recording: Recording, step: Any, body: Callable[[int], None]) -> Any:
+        """Run a recorded step, which is recorded anew if it is not good any more; what to run the next time."""
+        caches = self._placed(recording, step.parts)
         if caches is None:
-            return 0
+            return self._record(body)
+        place = self._play(recording, step, caches)
+        if place is None:
+            recording.left = 0
+            return recording
+        body(place)
+        recording.left += 1
+        return recording if recording.left < PATIENCE else SEEN
+
+    def _play(self, recording: Recording, step: Any, caches: list[Any]) -> int | None:
+        """Run a recorded step; the place of a layer from which on it cannot be, or None."""
+        replay = self.ops.replay
         for stretch, stores, function, args, answer in recording.segments:
             for number in stores:
                 cache, used, _, generation = caches[number]
@@ -140,7 +147,9 @@ class Replay:
         return None
 
     def _placed(self, recording: Recording, parts: Any) -> list[Any] | None:
-        """Say where this run writes; each cache with its slots in use before and after, or None if one changed."""
+        """Say where this run writes; each cache with its slots in use before and after, or None if that is not good."""
+        if max([part.pos[-1] for part in parts]) >= recording.program.positions:
+            return None
         fields, caches = recording.program.fields, []
         for part, layer, rows, generation, most, firsts, counts in recording.stores:
             cache = parts[part].seq.caches[layer]

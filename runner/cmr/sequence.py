@@ -89,8 +89,11 @@ class Sequence:
 
     def role(self, index: int) -> tuple[bool, int]:
         """Whether the token at index counts as prompt, and the index at which that role ends."""
-        turn = bisect_right(self.borders, index)
-        return turn % 2 == 0, self.borders[turn] if turn < len(self.borders) else len(self.tokens)
+        borders = self.borders
+        if index >= borders[-1]:
+            return len(borders) % 2 == 0, len(self.tokens)
+        turn = bisect_right(borders, index)
+        return turn % 2 == 0, borders[turn]
 
     def take_over(self, earlier: Sequence) -> None:
         """Move an ended sequence's caches here as far as the tokens are the same; these keep their roles."""

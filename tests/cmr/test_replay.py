@@ -256,14 +256,14 @@ def test_several_shapes_stay_recorded(models, monkeypatch):
 
 def test_recordings_are_bounded_and_hold_no_keys_and_values(models):
     model = models(WIDE)[0]
-    plan, refs = plain_plan(model), []
-    for start in range(2 * KEPT):
-        seq = new_sequence(model, TOKENS[start:], np.float16)
+    plan = plain_plan(model)
+    seqs = [new_sequence(model, TOKENS[start:], np.float16) for start in range(KEPT + 3)]
+    for seq in seqs:
         decode(model, plan, seq, 0, 4)
-        refs.append(weakref.ref(seq.caches[0]))
-        del seq
-        gc.collect()
     assert len(plan.recorded) == KEPT
+    refs = [weakref.ref(seq.caches[0]) for seq in seqs]
+    del seq, seqs
+    gc.collect()
     assert not any(ref() for ref in refs)
 
 

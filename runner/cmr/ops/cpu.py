@@ -12,7 +12,7 @@ from cmr.ops.kernels import gemm, jobs, rows
 from cmr.ops.kernels.dequant import dequant_rows
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import STEP
-from cmr.ops.launcher import float_bits
+from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.pages import PageOps
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
 from cmr.quants import FORMATS, row_bytes
@@ -74,11 +74,11 @@ class CpuOps(PageOps):
     # -- products --
 
     def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
-        ids = np.ascontiguousarray(tokens, np.int64)
-        decode = dequant_rows(matrix.type)
-        decode(matrix.address, matrix.row_bytes, ids.ctypes.data, len(ids), matrix.cols, out.addr, out.cols)
-        if scale != 1.0:
-            out.array[: len(ids)] *= np.float32(scale)
+        ids, n = np.ascontiguousarray(tokens, np.int64), len(tokens)
+        decode = self.kernel(f"dequant:{FORMATS[matrix.type].name}")
+        fields = (matrix.address, matrix.row_bytes, address_of(ids), n, matrix.cols, out.addr, out.cols)
+        self._launch("embed_rows", (decode, *fields), 1, 0)
+        self.finish_logits(out, n, scale, 0.0)
 
     def project(
         self,

@@ -17,6 +17,7 @@ from cmr.ops.kernels.threads import Pool
 from cmr.ops.program import Program, Stretch
 
 JOBS = {
+    "embed_rows": jobs.EMBED_ROWS,
     "project": jobs.PROJECT,
     "glu": jobs.GLU,
     "norm_rows": jobs.NORM_ROWS,

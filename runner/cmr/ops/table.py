@@ -46,7 +46,10 @@ class Ops(Protocol):
         """Make the rotation table of float64 frequencies [rot / 2], with cosines and sines times `scale`."""
 
     def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
-        """out[i] = scale * row tokens[i] of the matrix; tokens int32 [n]."""
+        """out[i] = scale * row tokens[i] of the matrix.
+
+        A recorded step reads `tokens`, then int64 [n], where they were.
+        """
 
     def project(
         self,

@@ -22,6 +22,7 @@ ROOM = ("scratch", "scratch_stride", "parts", "count", "out", "out_stride", "y",
 PIECES = ("normalize", "quantize")
 PROJECT = (*INPUT, *ROOM, *PIECES, "finish", "add", "scale", "direct")
 GLU = (*INPUT, *ROOM, *PIECES, "gate")
+EMBED_ROWS = ("decode", "w", "row_bytes", "tokens", "n", "columns", "out", "out_floats")
 NORM_ROWS = (
     *("x", "x_stride", "heads", "dim", "norm", "step", "out", "out_stride", "n", "add", "scale"),
     "normalize",
@@ -152,6 +153,13 @@ def glu(v, args):
             call_kernel(v, f["gate"], there, source, *biases, v.sub(last, first))
 
     spans(v, v.add(control, COUNTERS), gate["rows"], me, team, body)
+
+
+@emitter("embed_rows")
+def embed_rows(v, args):
+    """Decode the rows of a matrix that tokens (int64) name; fields EMBED_ROWS, for one thread."""
+    f = read_fields(v, args[1], EMBED_ROWS)
+    call_kernel(v, f["decode"], *(f[name] for name in EMBED_ROWS[1:]))
 
 
 @emitter("norm_rows")
