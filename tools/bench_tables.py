@@ -142,7 +142,7 @@ def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads:
 def _plugin(name: str, rows: Sequence[Row]) -> str:
     promise = {True: "exact", False: "changes tokens", None: "by its options"}
     _, prompt, plain, gen = rows
-    far = gen.divergence
+    far = gen.far and gen.far.divergence
     return _line(
         name,
         promise[describe(name.partition(":")[0]).exact],

@@ -17,6 +17,7 @@ import cmr
 from cmr.bench import footprint, report
 from cmr.bench.cases import Case, cases
 from cmr.bench.decoding import Decoding
+from cmr.bench.devices import cuda_devices, measured_devices
 from cmr.bench.figures import ratio, spread
 from cmr.bench.forward import Forward
 from cmr.bench.measure import Settings, Side, measure
@@ -28,8 +29,8 @@ from cmr.cli.main import main
 from cmr.errors import RequestError
 
 LLAMA_BENCH_FIELDS = """
-    build_commit cpu_info backends model_filename model_type model_size model_n_params n_batch n_ubatch
-    n_threads type_k type_v n_gpu_layers n_prompt n_gen n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
+    build_commit build_number cpu_info gpu_info backends devices model_filename model_type model_size
+    model_n_params n_batch n_ubatch n_threads type_k type_v n_gpu_layers n_prompt n_gen n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
     samples_ns samples_ts
 """
 
@@ -407,6 +408,78 @@ def test_the_command_prints_json(path, capsys):
     assert [row["n_parallel"] for row in rows] == [1, 2]
 
 
+class Driver:
+    """A CUDA driver with so many devices."""
+
+    def __init__(self, names, problem=0):
+        self.names, self.problem = names, problem
+
+    def cuInit(self, flags):
+        return self.problem
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.names)
+        return 0
+
+    def cuDeviceGet(self, device, place):
+        device._obj.value = place
+        return 0
+
+    def cuDeviceGetName(self, name, size, device):
+        name.value = self.names[device.value].encode()
+        return 0
+
+
+def test_cuda_devices_are_those_that_the_driver_names():
+    def load(name):
+        if name != "libcuda.so":
+            raise OSError(name)
+        return Driver(["NVIDIA A", "NVIDIA B"])
+
+    assert cuda_devices(load) == ["NVIDIA A", "NVIDIA B"]
+    assert cuda_devices(lambda name: Driver(["NVIDIA A"], problem=100)) == []
+    assert cuda_devices(lambda name: (_ for _ in ()).throw(OSError(name))) == []
+
+
+def test_all_that_is_here_is_measured(monkeypatch):
+    from cmr.bench import devices
+
+    assert measured_devices("portable") == ["portable"]
+    monkeypatch.setattr(devices, "_has_compiler", lambda: True)
+    monkeypatch.setattr(devices, "cuda_devices", lambda: ["NVIDIA A"])
+    assert measured_devices() == ["cpu"]
+    monkeypatch.setattr(devices, "DEVICES", ("cpu", "cuda", "portable"))
+    assert measured_devices() == ["cpu", "cuda"]
+    monkeypatch.setattr(devices, "cuda_devices", lambda: [])
+    monkeypatch.setattr(devices, "_has_compiler", lambda: False)
+    assert measured_devices() == ["portable"]
+
+
+def test_a_device_that_cannot_be_used_is_named(path, capsys, monkeypatch):
+    from cmr.cli import bench
+
+    monkeypatch.setattr(bench, "cuda_devices", lambda: ["NVIDIA A"])
+    monkeypatch.setattr(bench, "measured_devices", lambda asked: ["portable"])
+    flags = ["-p", "0", "-n", "2", "-r", "1", "-t", "1", "-o", "json", "--noise", "1000"]
+    assert main(["bench", path, *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "NVIDIA A cannot be used yet" in err
+    (row,) = json.loads(out)
+    assert (row["devices"], row["backends"]) == ("portable", "PORTABLE")
+
+
+def test_divergence_is_taken_at_the_depth_of_the_case(tmp_path):
+    pytest.importorskip("numba")
+    path, text = _random_model(tmp_path), tmp_path / "text.txt"
+    text.write_text("once upon a time there was a king " * 60)
+    sides = (Side("plain"), Side("telemetry", ("telemetry",)))
+    settings = Settings(sides, 1, text=str(text), watch=Watch(1e9), roofs=False)
+    rows = [report.as_json(path, row) for row in measure(path, [Case(0, 2, d) for d in (0, 100)], settings)]
+    said = [(row["plugins"], row["type_k"], row["kl_depth"], row["kl_tokens"]) for row in rows]
+    plain = ([], "f16", None, None)
+    assert said == [plain, (["telemetry"], None, 64, 192), plain, (["telemetry"], None, 100, 192)]
+
+
 def test_roofs_stand_beside_compiled_rows(tmp_path, capsys):
     pytest.importorskip("numba")
     path = _random_model(tmp_path)
@@ -425,8 +498,12 @@ def test_memory_and_start_are_measured_in_processes_of_their_own(tmp_path, capsy
     path = _random_model(tmp_path)
     found = footprint.memory(path, 64, 1)
     assert found["bytes"] > found["idle"] > 1e6
-    assert main(["bench", path, "-p", "0", "-n", "0", "--memory", "64", "-t", "1"]) == 0
-    assert "with 64 tokens of context, memory beyond the file is" in capsys.readouterr().out
+    flags = ["-p", "0", "-n", "0", "--memory", "64", "-t", "1"]
+    assert main(["bench", path, *flags, "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    (cost,) = json.loads(out)
+    assert (cost["test"], cost["n_ctx"]) == ("memory", 64) and cost["bytes"] > cost["idle"] > 1e6
+    assert "with 64 tokens of context, memory beyond the file is" in err
 
 
 def test_quality_is_told_against_float_activations(tmp_path, capsys):

@@ -16,9 +16,9 @@ from cmr.bench.peer import Peer
 from cmr.bench.quiet import Watch
 from cmr.bench.rounds import Contender, Rounds, interleave
 from cmr.bench.work import Work, work_of
-from cmr.eval import Divergence, divergence, written_text
+from cmr.eval import AtDepth, divergence_at_depth, written_text
 
-KL_PROMPT, KL_TOKENS = 64, 192
+KL_DEPTH, KL_TOKENS = 64, 192  # where prompts are random or short, and how many tokens are compared
 SPARE = 8  # tokens of context beyond a case's own
 
 
@@ -34,8 +34,9 @@ class Side:
 class Settings:
     """How to measure: `rounds` of each case; `loop` times the whole token loop, not the forward pass alone.
 
-    Two sides are measured against each other, with the divergence of the second from the first. `text` is a
-    file that prompts are cut from, None for random tokens.
+    Two sides are measured against each other, with the divergence of the second from the first, at the depth
+    of the case where the text is long enough. `text` is a file that prompts are cut from, None for random
+    tokens.
     """
 
     sides: tuple[Side, ...] = (Side("cmr"),)
@@ -68,7 +69,9 @@ class Row:
     roofs: dict[str, float]
     ratio: Ratio | None = None
     against: str | None = None
-    divergence: Divergence | None = None
+    far: AtDepth | None = None
+    plugins: tuple[str, ...] = ()
+    device: str = "cpu"
     kv_bytes: int | None = None
     version: str | None = None
 
@@ -118,16 +121,16 @@ def _on_threads(
     for each in ours:
         stack.callback(each.close)
     roofs = _roofs(model, group[0].threads, settings, stack)
-    far = None
+    far: dict[int, AtDepth] = {}
     for case in group:
         tell(f"{model.path.name} {case.name}, {case.threads} threads")
         # The peer goes last and is the one to compare with, else the first side is.
         all_: list[Contender] = [*ours, *([peer] if peer else [])]
         rounds = interleave(all_, case, settings.rounds, settings.watch, lambda case=case: roofs(case))  # type: ignore[misc]
-        if len(settings.sides) > 1 and far is None:
+        if len(settings.sides) > 1 and case.depth not in far:
             tell(f"{model.path.name}: KL divergence of {settings.sides[1].name}")
-            far = _divergence(model, settings, text)
-        yield from _rows(model, case, all_, rounds, peer, far)
+            far[case.depth] = _divergence(model, settings, text, case.depth)
+        yield from _rows(model, case, all_, rounds, peer, settings, far.get(case.depth))
 
 
 def _contender(model: Any, side: Side, settings: Settings, text: Sequence[int] | None) -> Contender:
@@ -145,7 +148,8 @@ def _rows(
     contenders: Sequence[Contender],
     rounds: Rounds,
     peer: Peer | None,
-    far: Divergence | None,
+    settings: Settings,
+    far: AtDepth | None,
 ) -> Iterator[Row]:
     speeds = [[case.tokens / s for s in rounds.seconds(i)] for i in range(len(contenders))]
     base = len(contenders) - 1 if peer else 0
@@ -163,6 +167,8 @@ def _rows(
             ratio(speeds[i], speeds[base]) if compared else None,
             contenders[base].name if compared else None,
             far if i == 1 and contender is not peer else None,
+            () if contender is peer else settings.sides[i].plugins,
+            settings.device,
             contender.kv_bytes if isinstance(contender, Decoding) else None,
             peer.version if contender is peer and peer else None,
         )
@@ -186,14 +192,17 @@ def _roofs(
     return take
 
 
-def _divergence(model: Any, settings: Settings, text: Sequence[int] | None) -> Divergence:
-    first, second = (cmr.Session.open(model, list(side.plugins)) for side in settings.sides[:2])
-    with first, second:
-        tokens = list(text or ())[: KL_PROMPT + KL_TOKENS]
-        if len(tokens) < KL_PROMPT + 2:
-            with cmr.Session.open(model) as plain:
-                tokens = written_text(plain, min(KL_PROMPT + KL_TOKENS, model.config.n_ctx - SPARE))
-        return divergence(first, second, tokens, min(KL_PROMPT, len(tokens) // 2))
+def _divergence(model: Any, settings: Settings, text: Sequence[int] | None, depth: int) -> AtDepth:
+    """How far the second side is from the first, as deep as the case is, the text, or the context allows."""
+    tokens, depth = list(text or ()), max(depth, KL_DEPTH)
+    if len(tokens) < depth + 2:
+        depth = KL_DEPTH
+        with cmr.Session.open(model) as plain:
+            tokens = written_text(plain, min(depth + KL_TOKENS, model.config.n_ctx - SPARE))
+    depth = min(depth, len(tokens) // 2 if len(tokens) < depth + 2 else depth)
+    count = min(KL_TOKENS, len(tokens) - depth - 1, model.config.n_ctx - depth - 1)
+    first, second = (list(side.plugins) for side in settings.sides[:2])
+    return divergence_at_depth(model, second, tokens, depth, count, base=first)
 
 
 def _text(model: Any, path: str | None) -> list[int] | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cmr.bench.devices import cuda_devices
 from cmr.bench.forward import CHUNK
 from cmr.bench.machine import describe
 from cmr.bench.measure import Row
@@ -19,13 +20,17 @@ BAR = 40
 def as_json(path: str, row: Row) -> dict[str, Any]:
     """Return a row as llama-bench's JSON has it, and what CMR adds: medians, roofs, ratio, divergence."""
     case, work, rates = row.case, row.work, row.rates
+    far = row.far and row.far.divergence
     times = [round(seconds * 1e9) for seconds in row.seconds]
     speeds = [case.tokens / seconds for seconds in row.seconds]
     mean_ns = sum(times) / len(times)
     return {
         **{key: value for key, value in describe().items() if key != "versions"},
         "build_commit": row.version or f"cmr {describe()['versions']['cmr']}",  # type: ignore[index]
-        "backends": "CPU",
+        "build_number": 0,
+        "gpu_info": ", ".join(cuda_devices()),
+        "backends": row.device.upper(),
+        "devices": row.device,
         "engine": row.name,
         "model_filename": str(path),
         "model_type": work.model_type,
@@ -34,8 +39,9 @@ def as_json(path: str, row: Row) -> dict[str, Any]:
         "n_batch": CHUNK,
         "n_ubatch": CHUNK,
         "n_threads": case.threads,
-        "type_k": "f16",
-        "type_v": "f16",
+        "type_k": None if row.plugins else "f16",
+        "type_v": None if row.plugins else "f16",
+        "plugins": list(row.plugins),
         "n_gpu_layers": 0,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
@@ -60,10 +66,12 @@ def as_json(path: str, row: Row) -> dict[str, Any]:
         "ratio_low": row.ratio and row.ratio.low,
         "ratio_high": row.ratio and row.ratio.high,
         "kv_bytes": row.kv_bytes,
-        "kl_tokens": row.divergence and row.divergence.tokens,
-        "kl_mean": row.divergence and row.divergence.mean,
-        "kl_p999": row.divergence and row.divergence.p999,
-        "same_top": row.divergence and row.divergence.same_top,
+        "kv_bytes_per_token": row.far and row.far.kv_bytes,
+        "kl_depth": row.far and row.far.depth,
+        "kl_tokens": far and far.tokens,
+        "kl_mean": far and far.mean,
+        "kl_p999": far and far.p999,
+        "same_top": far and far.same_top,
     }
 
 

@@ -11,36 +11,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
-from cmr.bench import footprint, report
+from cmr.bench import report
 from cmr.bench.cases import Case, cases
-from cmr.bench.measure import Settings, Side, measure, read_text
-from cmr.bench.peer import LlamaWorker, Peer, open_peer
-from cmr.bench.quality import WINDOW, quality
+from cmr.bench.devices import cuda_devices, measured_devices
+from cmr.bench.measure import Settings, Side, measure
 from cmr.bench.quiet import LIMIT, Watch
+from cmr.cli.bench_costs import costs_of, peer_of
 from cmr.cli.options import Parser, numbers, real, whole
 from cmr.cli.plotting import check_plot, draw, plot_option
 from cmr.cli.progress import Progress, say
 from cmr.errors import RequestError
 from cmr.plots.measured import speed_charts
 
-QUALITY_TOKENS = 4096
-
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print a table, CSV or JSON on stdout; remarks go to stderr."""
-    parser = _parser()
-    args = parser.parse(argv)
+    args = _parser().parse(argv)
     _refuse(args)
-    rows: list[dict[str, Any]] = []
-    for path in args.files:
-        rows += _measure(path, args)
-    if rows:
-        print({"md": report.table, "csv": report.as_csv, "json": _json}[args.output](rows))
+    devices = _devices(args.device)
+    rows = [row for path in args.files for row in _measure(path, args, devices)]
+    if rows and args.output != "json":
+        print({"md": report.table, "csv": report.as_csv}[args.output](rows))
     if rows and args.plot:
         draw(speed_charts(rows), args.plot, report.bars(rows))
-    for path in args.files:
-        for line in _footprint(path, args):
-            say(line) if args.output != "md" else print(line)
+    costs = []
+    for cost in (cost for path in args.files for cost in costs_of(path, args)):
+        costs.append(cost.fields)
+        say(cost.sentence) if args.output != "md" else print(cost.sentence)
+    if args.output == "json":
+        print(json.dumps([*rows, *costs], indent=2))
     return 0
 
 
@@ -76,7 +75,7 @@ def _side_flags(add: Callable[..., Any]) -> None:
     add("--peer", choices=["llama.cpp"], help="measure llama.cpp in turns on the same file and threads")
     add("--peer-python", metavar="PATH", help="an interpreter that has llama-cpp-python (or CMR_PEER_PYTHON)")
     add("--peer-bench", metavar="PATH", help="a llama-bench program (or CMR_PEER_BENCH)")
-    add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
+    add("--device", default="auto", metavar="NAME", help="auto (all that is here), cpu or portable")
 
 
 def _other_flags(add: Callable[..., Any]) -> None:
@@ -107,7 +106,7 @@ def _refuse(args: argparse.Namespace) -> None:
         raise RequestError("--text is for --loop, --plugin and --ab; the forward pass takes random tokens")
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace, device: str) -> Settings:
     if args.ab:
         sides = tuple(Side(text.strip() or "plain", tuple(shlex.split(text))) for text in args.ab)
         if sides[0].name == sides[1].name:
@@ -118,7 +117,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         sides=sides,
         rounds=args.repetitions,
         loop=args.loop,
-        device=args.device,
+        device=device,
         text=args.text,
         watch=Watch(args.noise),
     )
@@ -130,63 +129,25 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
         yield from cases(args.n_prompt, args.n_gen, args.n_depth, args.parallel, args.pg, threads)
 
 
-def _measure(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _devices(asked: str) -> list[str]:
+    """The devices to measure; says so where there is one that cannot be used."""
+    found = measured_devices(asked)
+    if asked == "auto" and "cuda" not in found and (names := cuda_devices()):
+        say(f"cmr bench: {', '.join(names)} cannot be used yet: there is no table of operations for CUDA")
+    return found
+
+
+def _measure(path: str, args: argparse.Namespace, devices: Sequence[str]) -> list[dict[str, Any]]:
     chosen = list(_cases(args))
     if not chosen:
         return []
-    peer = _peer(path, args, max(case.context for case in chosen)) if args.peer else None
+    peer = peer_of(path, args, max(case.context for case in chosen)) if args.peer else None
+    rows = []
     with closing(peer) if peer else nullcontext(), Progress(f"opening {path}") as progress:
-
-        def tell(what: str) -> None:
-            progress.what = what
-
-        return [report.as_json(path, row) for row in measure(path, chosen, _settings(args), peer, tell)]
-
-
-def _peer(path: str, args: argparse.Namespace, context: int) -> Peer:
-    return open_peer(path, context, args.peer_python, args.peer_bench)
-
-
-def _footprint(path: str, args: argparse.Namespace) -> Iterator[str]:
-    """The lines about starting and memory."""
-    name, threads = os.path.basename(path), (args.threads or [2])[-1]
-    if args.start:
-        times = footprint.start_times(path)
-        warm = sorted(times["warm"])[len(times["warm"]) // 2]
-        yield f"{name}: first run ever {times['cold'][0]:.2f} s to the first text, warm start {warm:.2f} s"
-    if args.quality:
-        yield from _quality(path, args)
-    if args.memory:
-        ours = footprint.memory(path, args.memory, threads, args.plugin)
-        line = f"{name}: with {args.memory} tokens of context, memory beyond the file is {_megabytes(ours)}"
-        if args.peer:
-            with closing(_peer(path, args, args.memory)) as peer:
-                if isinstance(peer, LlamaWorker):
-                    line += (
-                        f"; llama.cpp {_megabytes(peer.ask('memory', context=args.memory, threads=threads))}"
-                    )
-        yield line
-
-
-def _quality(path: str, args: argparse.Namespace) -> Iterator[str]:
-    """The lines about what quantized activations cost."""
-    text, name = read_text(args.quality), os.path.basename(path)
-    llama = closing(_peer(path, args, WINDOW)) if args.peer else nullcontext()
-    with llama as peer, Progress(f"comparing {name} with float activations"):
-        found = quality(path, text, QUALITY_TOKENS, peer)
-    for who, far in found.items():
-        yield (
-            f"{name}: {who} is {far.mean:.3g} nats from float activations (99.9 %: {far.p999:.3g}) "
-            f"and agrees on {far.same_top:.2%} of {far.tokens} tokens"
-        )
-
-
-def _megabytes(found: dict[str, Any]) -> str:
-    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} MB of it before the model was opened)"
-
-
-def _json(rows: list[dict[str, Any]]) -> str:
-    return json.dumps(rows, indent=2)
+        for device in devices:
+            found = measure(path, chosen, _settings(args, device), peer, progress.begin)
+            rows += [report.as_json(path, row) for row in found]
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What `cmr bench` says beside speed: starting, memory, and what quantized activations cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from cmr.bench import footprint
+from cmr.bench.measure import read_text
+from cmr.bench.peer import LlamaWorker, Peer, open_peer
+from cmr.bench.quality import WINDOW, quality
+from cmr.cli.progress import Progress
+
+QUALITY_TOKENS = 4096
+
+
+class Cost(NamedTuple):
+    """One figure: for programs, and as a sentence."""
+
+    fields: dict[str, Any]
+    sentence: str
+
+
+def peer_of(path: str, args: argparse.Namespace, context: int) -> Peer:
+    """Open a file with the llama.cpp that the flags name, or the one that is found."""
+    return open_peer(path, context, args.peer_python, args.peer_bench)
+
+
+def costs_of(path: str, args: argparse.Namespace) -> Iterator[Cost]:
+    """Measure what the flags ask for."""
+    if args.start:
+        yield _start(path)
+    if args.quality:
+        yield from _quality(path, args)
+    if args.memory:
+        yield _memory(path, args)
+
+
+def _start(path: str) -> Cost:
+    times = footprint.start_times(path)
+    cold, warm = times["cold"][0], statistics.median(times["warm"])
+    said = f"{os.path.basename(path)}: first run ever {cold:.2f} s to the first text, warm start {warm:.2f} s"
+    return Cost({"model_filename": path, "test": "start", "cold_s": cold, "warm_s": warm}, said)
+
+
+def _memory(path: str, args: argparse.Namespace) -> Cost:
+    threads, context = (args.threads or [2])[-1], args.memory
+    ours = footprint.memory(path, context, threads, args.plugin)
+    fields = {"model_filename": path, "test": "memory", "n_ctx": context, **ours}
+    said = f"{os.path.basename(path)}: with {context} tokens of context, memory beyond the file is {_megabytes(ours)}"
+    with closing(peer_of(path, args, context)) if args.peer else nullcontext() as peer:
+        if isinstance(peer, LlamaWorker):
+            theirs = peer.ask("memory", context=context, threads=threads)
+            fields |= {"peer_bytes": theirs["bytes"], "peer_idle": theirs["idle"]}
+            said += f"; llama.cpp {_megabytes(theirs)}"
+    return Cost(fields, said)
+
+
+def _quality(path: str, args: argparse.Namespace) -> Iterator[Cost]:
+    """What quantized activations cost, for CMR and llama.cpp."""
+    text, name = read_text(args.quality), os.path.basename(path)
+    llama = closing(peer_of(path, args, WINDOW)) if args.peer else nullcontext()
+    with llama as peer, Progress(f"comparing {name} with float activations"):
+        found = quality(path, text, QUALITY_TOKENS, peer)
+    for who, far in found.items():
+        yield Cost(
+            {"model_filename": path, "test": "quality", "engine": who, "kl_mean": far.mean}
+            | {key: value for key, value in asdict(far).items() if value == value and key != "mean"},
+            f"{name}: {who} is {far.mean:.3g} nats from float activations (99.9 %: {far.p999:.3g}) "
+            f"and agrees on {far.same_top:.2%} of {far.tokens} tokens",
+        )
+
+
+def _megabytes(found: dict[str, Any]) -> str:
+    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} MB of it before the model was opened)"
