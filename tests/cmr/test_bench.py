@@ -29,9 +29,9 @@ from cmr.cli.main import main
 from cmr.errors import RequestError
 
 LLAMA_BENCH_FIELDS = """
-    build_commit build_number cpu_info gpu_info backends devices model_filename model_type model_size
-    model_n_params n_batch n_ubatch n_threads type_k type_v n_gpu_layers n_prompt n_gen n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
-    samples_ns samples_ts
+    build_commit build_number cpu_info gpu_info backends devices model_filename model_type
+    model_size model_n_params n_batch n_ubatch n_threads type_k type_v n_gpu_layers n_prompt n_gen
+    n_depth test_time avg_ns stddev_ns avg_ts stddev_ts samples_ns samples_ts
 """
 
 
