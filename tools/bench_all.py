@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "runner"), str(ROOT / "plugins"), str(ROOT / "tools")]
 
-from bench_tables import divergences, find_peer, plugin_rows, say, speeds, starts  # noqa: E402
+from bench_settings import MODELS, settings_of  # noqa: E402
+from bench_tables import divergences, find_peer, plugin_rows, say, speeds, starts, tasks  # noqa: E402
 from random_model import FILE_TYPES, SHAPES, random_model  # noqa: E402
 
 from cmr.bench import report  # noqa: E402
@@ -34,9 +35,12 @@ from cmr.bench.measure import Settings, measure  # noqa: E402
 from cmr.bench.quiet import LIMIT, Watch  # noqa: E402
 from cmr.discovery import available  # noqa: E402
 
-MODELS = ROOT / "models"
+SECTIONS = ("speed", "start", "quality", "tasks", "plugins")
+BUNDLED = ("tiny", "nano")  # names that bundled models begin with; plugins are measured on the first
 SMALL = 1e8  # bytes of a file below which more tokens are generated and quality is measured
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+PLUGIN_ROUNDS = 5
+DEPTHS = "generation and KL with half the context filled, KV bytes at its end, KL in nats on text that the model wrote."
 ALL_THREADS = tuple(sorted({1, CORES}))
 
 
@@ -57,7 +61,7 @@ class Plan:
 
 SETS = {
     "quick": Plan(3, ("q4_k_m",), 128, 16),
-    "standard": Plan(5, ("q4_k_m",), 512, 48, many=8, plugins=True, start=True, threads=ALL_THREADS),
+    "standard": Plan(3, ("q4_k_m",), 512, 48, many=8, plugins=True, start=True, threads=ALL_THREADS),
     "bars": Plan(7, ("q4_k_m", "q4_0", "q6_k", "q8_0"), 512, 128, 4096, 8, start=True, threads=ALL_THREADS),
 }
 
@@ -70,8 +74,10 @@ def main() -> None:
     settings = Settings(rounds=plan.rounds, watch=Watch(args.noise), text=args.text)
     stamp = f"{time.strftime('%Y-%m-%d')}, `{shlex.join(['python', 'tools/bench_all.py', *sys.argv[1:]])}`: "
     stamp += f"{sentence()}."
-    small = sorted(MODELS.glob("tiny-*.gguf"))[:1]
-    files = [*small, *_random_models(args.shape, plan.types)]
+    _check(args.output)
+    began = time.perf_counter()
+    bundled = [path for name in BUNDLED for path in sorted(MODELS.glob(f"{name}-*.gguf"))]
+    files = [*bundled[:1], *_random_models(args.shape, plan.types)]
     rows: list[dict[str, Any]] = []
     versions: set[str] = set()
     for path in files:
@@ -85,11 +91,17 @@ def main() -> None:
     if args.text:
         chosen = [path for path in files if path.stat().st_size < SMALL]
         _write(args.output, "quality", stamp, "\n".join(divergences(chosen, args.text)))
-    if args.plugins or plan.plugins and small:
-        path, names = (small or files)[0], args.plugins or list(available())
-        lines = "\n".join(plugin_rows(path, names, settings, CORES))
-        about = f"On {path.stem}, {CORES} threads, the whole token loop, against a run without plugins."
+    if plan.plugins and bundled:
+        _write(args.output, "tasks", stamp, tasks(bundled))
+    if args.plugins or plan.plugins and bundled:
+        path, names = (bundled or files)[0], args.plugins or available()
+        many = replace(settings, rounds=args.rounds or PLUGIN_ROUNDS)
+        lines = "\n".join(plugin_rows(path, list(settings_of(names)), many, CORES))
+        about = (
+            f"On {path.stem}, {CORES} threads, the whole token loop, against a run without plugins; {DEPTHS}"
+        )
         _write(args.output, "plugins", stamp, about, lines)
+    say(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
 def _arguments() -> argparse.Namespace:
@@ -97,7 +109,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", choices=SETS, default="standard", help="how much to measure")
     parser.add_argument("--types", type=_types, help="file types of the random model, separated by commas")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="of the random model")
-    parser.add_argument("--plugins", nargs="*", help="plugins to measure (default: all, as they are)")
+    parser.add_argument(
+        "--plugins", nargs="*", help="plugins to measure (default: all, as bench_settings has them)"
+    )
     parser.add_argument("--text", help="a held-out text: KL of small models on it, prompts for plugins")
     parser.add_argument("--rounds", type=int, help="undisturbed rounds of each case")
     parser.add_argument("--noise", type=float, default=LIMIT, help="cores that others may use in a round")
@@ -169,6 +183,11 @@ Written by `make bench`: medians of rounds in which no other process used the ma
 <!-- quality -->
 <!-- /quality -->
 
+## Small tasks
+
+<!-- tasks -->
+<!-- /tasks -->
+
 ## Plugins
 
 <!-- plugins -->
@@ -176,12 +195,21 @@ Written by `make bench`: medians of rounds in which no other process used the ma
 """
 
 
+def _check(path: Path) -> None:
+    """End with a sentence, before anything is measured, where a section has no place to be written."""
+    text = path.read_text("utf-8") if path.exists() else SKELETON
+    for name in SECTIONS:
+        if any(text.count(mark) != 1 for mark in (f"<!-- {name} -->", f"<!-- /{name} -->")):
+            raise SystemExit(
+                f"{path} has no place for {name}: it needs <!-- {name} --> and <!-- /{name} --> once each"
+            )
+
+
 def _write(path: Path, name: str, *paragraphs: str) -> None:
     """Put paragraphs between a section's markers; the file is made with all sections when it is missing."""
+    _check(path)
     old = path.read_text("utf-8") if path.exists() else SKELETON
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise SystemExit(f"{path} has no place for {name}: it needs {begin} and {end} once each")
     before, rest = old.split(begin)
     new = f"{before}{begin}\n" + "\n\n".join(paragraphs) + f"\n{end}{rest.split(end)[1]}"
     path.write_text(new, "utf-8")

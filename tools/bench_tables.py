@@ -8,8 +8,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from bench_settings import MODELS
 
 import cmr
 from cmr.bench import footprint, report
@@ -17,12 +20,16 @@ from cmr.bench.cases import Case
 from cmr.bench.measure import Row, Settings, Side, measure, read_text
 from cmr.bench.peer import LlamaWorker, Peer, open_peer
 from cmr.bench.quality import WINDOW, quality
-from cmr.discovery import describe
+from cmr.discovery import declared, load
 from cmr.errors import CMRError, RequestError
+from cmr.eval import report as eval_report
 from cmr.eval import written_text
+from cmr.eval.suites import suites
 
 QUALITY_TOKENS = 4096
 MEMORY_CONTEXT = 2048
+STRETCHES = 4  # of the text, in which a plugin's divergence is measured
+QUESTIONS = 40  # of each kind
 
 
 def say(text: str) -> None:
@@ -112,44 +119,61 @@ def divergences(files: Sequence[Path], text: str) -> Iterator[str]:
             yield _line(path.stem, name, *kl, f"{far.same_top:.2%}", str(far.tokens))
 
 
+def tasks(files: Sequence[Path]) -> str:
+    """A line for each small task, a column for each model: right answers with their interval."""
+    results = []
+    for path in files:
+        say(f"{path.name}: small tasks")
+        with closing(cmr.open_model(path)) as model, cmr.Session.open(model) as session:
+            rows = [eval_report.as_json(row) for row in suites(session, count=QUESTIONS)]
+        results.append({"name": path.stem, "suites": rows})
+    return "\n\n".join(eval_report.tables(results))
+
+
 def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads: int) -> Iterator[str]:
-    """One line a plugin beside a run without: speed, memory, divergence; or why it did not run.
+    """One line a setting beside a run without: speed, memory, divergence; or why it did not run.
 
     Prompts are cut from the settings' text, else from one that the model writes.
     """
-    yield _head("plugin", "promise", "prompt", "generation", "KV bytes", "KL", "same choice")
+    yield _head(*("plugin", "promise", "prompt", "generation", "KV bytes", "KL", "99.9 %", "same choice"))
     with closing(cmr.open_model(path)) as model, cmr.Session.open(model) as session:
         context = model.config.n_ctx
         if settings.text:
             text = read_text(settings.text)
         else:
             text = model.tokenizer.decode(written_text(session, min(context, 1024) - 16))
-    depth = min(256, context // 4)
-    cases = [Case(depth, 0, depth, threads=threads), Case(0, 64, depth, threads=threads)]
+    quarter = min(256, context // 4)
+    cases = [Case(quarter, 0, quarter, threads=threads), Case(0, 64, 2 * quarter, threads=threads)]
     with tempfile.TemporaryDirectory(prefix="cmr-bench-") as folder:
         file = Path(folder) / "text"
         file.write_text(text, "utf-8")
         for name in plugins:
             say(f"plugin {name}")
             sides = (Side("plain"), Side(name, (name,)))
-            against = Settings(sides, settings.rounds, text=str(file), watch=settings.watch, roofs=False)
+            against = replace(settings, sides=sides, text=str(file), roofs=False, stretches=STRETCHES)
             try:
                 yield _plugin(name, list(measure(str(path), cases, against)))
             except CMRError as error:
-                yield _line(name, f"not measured: {error}", *[""] * 5)
+                yield _line(name, f"not measured: {error}", *[""] * 6)
 
 
 def _plugin(name: str, rows: Sequence[Row]) -> str:
-    promise = {True: "exact", False: "changes tokens", None: "by its options"}
     _, prompt, plain, gen = rows
     far = gen.far and gen.far.divergence
+    held = gen.far and f"{gen.far.kv_bytes / gen.far.base_kv_bytes:.2f}x"
     return _line(
-        name,
-        promise[describe(name.partition(":")[0]).exact],
+        name.replace(f"{MODELS}/", ""),
+        "exact" if _exact(name) else "changes tokens",
         *(_times(row) for row in (prompt, gen)),
-        f"{(gen.kv_bytes or 0) / max(1, plain.kv_bytes or 0):.2f}x",
-        *((f"{far.mean:.2g}", f"{far.same_top:.1%}") if far and far.tokens else ("", "")),
+        held or "",
+        *((f"{far.mean:.2g}", f"{far.p999:.2g}", f"{far.same_top:.1%}") if far and far.tokens else [""] * 3),
     )
+
+
+def _exact(name: str) -> bool:
+    """What a plugin with these options promises."""
+    ((_, thing),) = load([name]).list_name_plugin()
+    return bool(declared(thing, "exact"))
 
 
 def _times(row: Row) -> str:

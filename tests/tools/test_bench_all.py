@@ -33,8 +33,22 @@ def test_sections_are_replaced_and_the_rest_is_left(tmp_path):
     assert text.startswith("Mine.\n# Benchmarks")
     assert "<!-- speed -->\nsecond\n\nthird\n<!-- /speed -->" in text and "first" not in text
     path.write_text("no markers")
-    with pytest.raises(SystemExit, match="has no place for start"):
+    with pytest.raises(SystemExit, match="has no place for speed"):
         tool._write(path, "start", "x")
+
+
+def test_the_documents_sections_are_there_before_anything_is_measured():
+    tool._check(PATH.parents[1] / "BENCHMARKS.md")
+
+
+def test_plugins_are_measured_in_the_settings_of_one_table():
+    from cmr.discovery import available, load
+
+    settings = list(tool.settings_of(["telemetry", "kv-quant", "mine:size=4"]))
+    assert settings == ["telemetry", "kv-quant:bits=8", "kv-quant:bits=4", "mine:size=4"]
+    for setting in tool.settings_of(available()):
+        if "nano" not in setting:  # which needs a file
+            load([setting])  # refuses names and options that are not there
 
 
 def _row(engine, **more):
@@ -63,6 +77,7 @@ def test_the_whole_set_runs_on_small_models(tmp_path, monkeypatch):
     out = tmp_path / "B.md"
     monkeypatch.setattr(tool, "MODELS", models)
     monkeypatch.setattr(tool, "CORES", 2)
+    monkeypatch.setitem(tool.tasks.__globals__, "QUESTIONS", 1)
     small = tool.Plan(1, ("q4_0",), 16, 4, many=2, plugins=True)
     monkeypatch.setitem(tool.SETS, "quick", small)
     for name in ("CMR_PEER_PYTHON", "CMR_PEER_BENCH"):
@@ -86,4 +101,5 @@ def test_the_whole_set_runs_on_small_models(tmp_path, monkeypatch):
     for words in ("| tiny-q8_0 | pp16 |", "| random-small-q4_0 | tg2 x2 |", "| telemetry | exact |", "numba"):
         assert words in text
     assert "| tiny-q8_0 | cmr | " in text and "| none | not measured: " in text
+    assert "| recall, 100 tokens away | " in text and "| 1.00x | 0 | 0 | 100.0% |" in text
     assert (models / "random-small-q4_0.gguf").exists()

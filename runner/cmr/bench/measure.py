@@ -35,8 +35,8 @@ class Settings:
     """How to measure: `rounds` of each case; `loop` times the whole token loop, not the forward pass alone.
 
     Two sides are measured against each other, with the divergence of the second from the first, at the depth
-    of the case where the text is long enough. `text` is a file that prompts are cut from, None for random
-    tokens.
+    of the case where the text is long enough, in so many `stretches` of it. `text` is a file that prompts are
+    cut from, None for random tokens.
     """
 
     sides: tuple[Side, ...] = (Side("cmr"),)
@@ -46,6 +46,7 @@ class Settings:
     text: str | None = None
     watch: Watch = field(default_factory=Watch)
     roofs: bool = True
+    stretches: int = 1
 
     @property
     def whole_loop(self) -> bool:
@@ -202,7 +203,7 @@ def _divergence(model: Any, settings: Settings, text: Sequence[int] | None, dept
     depth = min(depth, len(tokens) // 2 if len(tokens) < depth + 2 else depth)
     count = min(KL_TOKENS, len(tokens) - depth - 1, model.config.n_ctx - depth - 1)
     first, second = (list(side.plugins) for side in settings.sides[:2])
-    return divergence_at_depth(model, second, tokens, depth, count, base=first)
+    return divergence_at_depth(model, second, tokens, depth, count, base=first, stretches=settings.stretches)
 
 
 def _text(model: Any, path: str | None) -> list[int] | None:

@@ -1,0 +1,31 @@
+"""The settings in which `make bench` measures plugins: one table; what is not in it is measured as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+MODELS = Path(__file__).parents[1] / "models"
+
+# Options of each run; {models} is the folder of models. A plugin that is not installed is left out.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "attn-pages": ("top=8",),
+    "attn-window": ("window=256",),
+    "early-exit": ("sure=0.7", "sure=0.9"),
+    "kv-evict": (
+        "budget=256,policy=random",
+        "budget=256,policy=recent",
+        "budget=256,policy=snapkv",
+        "budget=128,policy=snapkv",
+    ),
+    "kv-quant": ("bits=8", "bits=4"),
+    "layer-stream": ("budget=50%",),
+    "spec-draft": ("model={models}/nano-q8_0.gguf",),
+}
+
+
+def settings_of(names: Iterable[str]) -> Iterator[str]:
+    """Yield each plugin with its options, as --plugin takes them; a name that has options stays as it is."""
+    for name in names:
+        for options in SETTINGS.get(name, ("",)):
+            yield f"{name}:{options.format(models=MODELS)}" if options else name
