@@ -11,7 +11,7 @@ from cmr.gguf_file import Tensor
 from cmr.ops.kernels import gemm, jobs, rows
 from cmr.ops.kernels.dequant import dequant_rows
 from cmr.ops.kernels.formats import FLOATS
-from cmr.ops.kernels.product import STEP
+from cmr.ops.kernels.product import COUNTS, RECORD, STEP
 from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.pages import PageOps
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
@@ -138,7 +138,7 @@ class CpuOps(PageOps):
     ) -> tuple[int, ...]:
         """The fields of a product that say what its input is."""
         padded = (columns + STEP - 1) // STEP * STEP
-        room = self._x.reach(n * padded * 4 + n * padded * 3 // 2)
+        room = self._x.reach(n * (4 * padded + padded // STEP * RECORD))
         return (
             *(x.addr + 4 * column, 4 * x.cols, columns, self._norm(norm), n, n_prompt),
             *(room, room + n * padded * 4, quantized),
@@ -174,9 +174,9 @@ class CpuOps(PageOps):
                 floats = FORMATS[matrix.type].name in FLOATS
                 address = 0 if bias is None else bias.ctypes.data
                 row[:5] = matrix.address, matrix.row_bytes, matrix.rows, matrix.cols, column + total
-                row[10:] = address, floats
+                row[11:] = address, floats
                 total += matrix.rows
-            quantized = not table[:, 11].all()
+            quantized = not table[:, 12].all()
             biased = any(bias is not None for _, bias in parts)
             columns = parts[0][0].cols
             found = (parts, table, table.ctypes.data, total, columns, quantized, biased, set())
@@ -189,16 +189,14 @@ class CpuOps(PageOps):
         """Compile the kernels that a call with so many rows needs and enter them in its table."""
         done: set[int] = call[-1]
         rest = n - n_prompt
-        wanted = ({1 if rest == 1 else 2 if rest == 2 else 4} if rest else set()) | (
-            {0} if n_prompt else set()
-        )
-        for kind in wanted - done:
+        wanted = {next((c for c in COUNTS if rest <= c), COUNTS[-1])} if rest else set()
+        for kind in (wanted | ({0} if n_prompt else set())) - done:
             for row, (matrix, _) in zip(call[1], call[0]):
                 name = FORMATS[matrix.type].name
                 if kind == 0:
-                    row[8], row[9] = self.kernel("gemm"), self._gemm_pieces(name)
+                    row[9], row[10] = self.kernel("gemm"), self._gemm_pieces(name)
                 else:
-                    row[{1: 5, 2: 6, 4: 7}[kind]] = self.kernel(f"gemv:{name}:{kind}")
+                    row[jobs.PART.index(f"gemv{kind}")] = self.kernel(f"gemv:{name}:{kind}")
             done.add(kind)
 
     def _gemm_pieces(self, name: str) -> int:

@@ -109,29 +109,32 @@ def padded(columns: int) -> int:
 
 
 def records(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Activations as a format's product reads them, uint8 [n, bytes], and their exact value in float64."""
+    """Activations as a format's product reads them, and their exact value in float64.
+
+    Floats come as uint8 [n, bytes]; records as uint8 [n, blocks, bytes], those of one block side by side in memory.
+    """
     n, columns = x.shape
     wide = padded(columns)
     floats = np.zeros((n, wide), np.float32)
     floats[:, :columns] = x
     if name in FLOATS:
         return floats.view(np.uint8), x.astype(np.float64)
-    out = np.zeros((n, product.record_bytes(columns)), np.uint8)
+    out = np.zeros((wide // product.STEP, n, product.RECORD), np.uint8).swapaxes(0, 1)
     quantize = kernel("quantize")
     for source, target in zip(floats, out):
-        quantize(source, target, wide)
+        quantize(source, target, wide, out.strides[1])
     q, d, _, _ = fields_of(out)
-    return out, (q.astype(np.float64) * np.repeat(d.astype(np.float64), 32, axis=1))[:, :columns]
+    return out, (q.astype(np.float64) * np.repeat(d.astype(np.float64), 16, axis=1))[:, :columns]
 
 
 def fields_of(record: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The fields of quantized rows: q int8 [n, columns]; d, s32, s16 float32 [n, columns / 32 or 16]."""
+    """The fields of quantized rows: q int8 [n, columns]; d, s float32 and n int32 [n, columns / 16]."""
     steps = np.ascontiguousarray(record).reshape(len(record), -1, product.RECORD)
-    # Stored by parity of the group of 32, half of the group, group; read by group, parity, half.
-    stored = steps[..., : product.STEP].view(np.int8).reshape(len(record), -1, 2, 2, 4, 16)
-    fields = [stored.transpose(0, 1, 4, 2, 3, 5)]
-    for start, each in ((product.D, 32), (product.S32, 32), (product.S16, 16)):
-        fields.append(steps[..., start : start + 4 * product.STEP // each].view(np.float32))
+    # Stored by word of a run of 16, then by run; read by run.
+    stored = steps[..., : product.STEP].view(np.int8).reshape(len(record), -1, 4, 16, 4)
+    fields = [stored.transpose(0, 1, 3, 2, 4)]
+    for start, kind in ((product.D, np.float32), (product.S, np.float32), (product.N, np.int32)):
+        fields.append(steps[..., start : start + 64].view(kind))
     return tuple(field.reshape(len(record), -1) for field in fields)
 
 
@@ -139,7 +142,7 @@ def gemv(
     name: str, tokens: int, w: np.ndarray, x: np.ndarray, columns: int, y: np.ndarray, first: int, last: int
 ) -> None:
     """y[:, first:last] = x @ w[first:last].T through the kernel for so many tokens at a time."""
-    args = (w, w.strides[0], x, x.strides[0], y, y.strides[0], first, last, columns, len(x))
+    args = (w, w.strides[0], x, x.strides[x.ndim - 2], y, y.strides[0], first, last, columns, len(x))
     kernel(f"gemv:{name}:{tokens}")(*args)
 
 
@@ -162,11 +165,12 @@ def gemm_rows(
     """y[:, first:last] = x @ w[first:last].T through panels and tiles."""
     if scratch is None:
         scratch = aligned((gemm.scratch_bytes(len(x)),), np.uint8)
-    args = (w, w.strides[0], x, x.strides[0], y, y.strides[0], first, last, columns, len(x), scratch)
+    args = (w, w.strides[0], x, x.strides[x.ndim - 2], y, y.strides[0], first, last, columns, len(x), scratch)
     kernel("gemm")(*args, _pieces(name))
 
 
-KERNELS = ("1", "2", "4", "gemm")
+GEMVS = tuple(map(str, product.COUNTS))
+KERNELS = (*GEMVS, "gemm")
 kernels = pytest.mark.parametrize("kind", KERNELS)
 
 
@@ -181,7 +185,7 @@ def multiply(
 
 
 def product_of(kind: str) -> Callable[..., None]:
-    """The product named "1", "2", "4" (tokens of a matrix-vector kernel) or "gemm"."""
+    """The product named "1", "2", "4", "8" (tokens of a matrix-vector kernel) or "gemm"."""
     if kind == "gemm":
         return gemm_rows
     return lambda name, *args: gemv(name, int(kind), *args)

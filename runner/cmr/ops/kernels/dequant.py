@@ -13,8 +13,8 @@ from functools import cache
 from cmr.quants import format_of
 
 from .emit import compile_kernel, emitter
-from .formats import FLOATS, LAYOUTS, STEP, load_floats, place
-from .vector import F32, I32, fill, vec
+from .formats import FLOATS, LAYOUTS, STEP, load_floats
+from .vector import F32, I8, I32, fill, vec
 
 
 @cache
@@ -74,15 +74,13 @@ def _quant_row(v, name, source, target, columns):
 def _decode(v, layout, source, target):
     """256 weights of a block format as float32."""
     block = layout.unpack(v, source)
-    scales, minima = block.scales(v), None if block.offset is not None else block.minima(v)
-    for k in range(STEP // 16):
-        vector, lane = place(k // 2, k % 2)
-        u = v.part(block.bytes[vector], 16 * lane, 16)
-        value = v.to_float(v.b.zext(u, vec(I32, 16)))
-        lanes = [16 * k // layout.sub] * 16
-        if minima is None:
-            value = v.b.fmul(v.b.fadd(value, fill(F32, 16, block.offset)), v.shuffle(scales, None, lanes))
-        else:
-            value = v.b.fmul(value, v.shuffle(scales, None, lanes))
-            value = v.b.fadd(value, v.shuffle(minima, None, lanes))
-        v.store(v.add(target, 64 * k), value)
+    words = [v.cast(x, I32, 16) for x in block.bytes]
+    for j in range(STEP // 16):
+        run = v.join([v.shuffle(*words[k : k + 2], [j, 16 + j]) for k in (0, 2)])
+        value = v.to_float(v.b.zext(v.cast(run, I8, 16), vec(I32, 16)))
+        if block.low is None:
+            value = v.b.fsub(value, fill(F32, 16, float(1 << layout.shift)))
+        value = v.b.fmul(value, v.shuffle(block.scale, None, [j] * 16))
+        if block.low is not None:
+            value = v.b.fadd(value, v.shuffle(block.low, None, [j] * 16))
+        v.store(v.add(target, 64 * j), value)

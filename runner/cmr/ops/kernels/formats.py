@@ -1,16 +1,14 @@
 """The block formats as vector code: 256 weights become unsigned bytes, scales and minima.
 
-A weight is scale * (u + offset), or scale * u + minimum, with one scale (and minimum) for each sub-block of 32 or 16
-weights, whatever the format. Layouts: the block structures of GGUF's reference quantizer (ggml-common.h and the gguf
-package's quants.py).
+A weight is scale * (u - 2**shift), or scale * u + low, with a scale (and low) for each of 16 runs of 16 weights,
+whatever the format; where 32 weights share one, it is there twice. Layouts: the block structures of GGUF's reference
+quantizer (ggml-common.h and the gguf package's quants.py).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
-
-from .vector import F32, I8, I16, I32, I64, const, fill, vec
+from .vector import F32, I8, I16, I32, const, fill, vec
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 STEP = 256
@@ -18,58 +16,39 @@ STEP = 256
 
 @dataclass(frozen=True)
 class Block:
-    """256 weights: four vectors of 64 unsigned bytes in canonical order, float32 scales, and an offset or minima.
+    """256 weights: four vectors of 64 unsigned bytes, and 16 float32 scales and minima (`low`, None without).
 
-    Canonical order (see `place`): vectors 0 and 1 hold the first and second halves of the sub-blocks 0, 2, 4, 6 of 32
-    weights, vectors 2 and 3 those of 1, 3, 5, 7, so that the integer sums of two vectors add up under one scale a lane.
-
-    `scale` has a lane for each of 8 or 16 sub-blocks. Minima of 8 sub-blocks follow in its lanes 8 to 15; those of 16
-    are `lows`.
+    In canonical order lane j of 32 bits in vector k holds the weights 4k to 4k + 3 of the j-th run of 16, so that the
+    integer sums of all four vectors add up under one scale a lane.
     """
 
     bytes: list
     scale: Any
-    offset: float | None = None
-    wide: bool = False  # whether a byte may exceed 127
-    lows: Any = None
-
-    @property
-    def paired(self):
-        """Whether minima lie behind the scales."""
-        return self.offset is None and self.lows is None
-
-    def minima(self, v):
-        """The minima as a vector of their own."""
-        if self.paired:
-            return v.part(self.scale, 8, 8)
-        if self.lows is not None:
-            return self.lows
-        return v.b.fmul(self.scale, fill(F32, self.scale.type.count, self.offset))
-
-    def scales(self, v):
-        """The scales as a vector of their own."""
-        return v.part(self.scale, 0, 8) if self.paired else self.scale
+    low: Any = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format lies in memory and which function unpacks 256 weights of it."""
+    """How a format lies in memory and which function unpacks 256 weights of it.
+
+    A weight is scale * (u - 2**shift), or scale * u + low where shift is None; bytes may exceed 127 where `wide`.
+    """
 
     bytes: int  # of 256 weights
     sub: int  # weights that share a scale
     unpack: Any
+    shift: int | None = None
     smallest: int = 256  # weights in one block
-    paired: bool = False  # whether minima lie behind the scales
 
     @property
-    def lanes(self):
-        """Lanes of the vector that corrections add up in."""
-        return 16 if self.paired else 256 // self.sub
+    def wide(self):
+        """Whether a byte may exceed 127."""
+        return self.shift == 7
 
 
-def place(s, half):
-    """Where 16 weights stand in canonical order: the vector and the 16-byte lane of half a sub-block of 32."""
-    return 2 * (s % 2) + half, s // 2
+RUNS = range(16)
+PAIRS = [j // 2 for j in RUNS]  # the sub-block of 32 that a run lies in
+HALVES = [j % 2 for j in RUNS]
 
 
 def _floats(v, x, signed=False):
@@ -78,49 +57,70 @@ def _floats(v, x, signed=False):
     return v.to_float(v.b.sext(x, wide) if signed else v.b.zext(x, wide))
 
 
-def _lanes(v, x, order):
-    """16-byte lanes of one vector, or of a pair joined, in another order: 64 bytes."""
-    x = x if len(x) == 2 else (x[0], None)
-    return v.shuffle(*x, [16 * lane + byte for lane in order for byte in range(16)])
+def _words(v, data, order):
+    """32-bit words of one byte vector or two, picked by index for each lane."""
+    words = [v.cast(x, I32, x.type.count // 4) for x in data]
+    return v.shuffle(words[0], words[1] if len(words) == 2 else None, order)
 
 
-def _shift(v, x, counts):
-    """Shift the 32-bit words of four 16-byte lanes right by a count each (left where negative); mask afterwards."""
-    words = v.cast(x, I32, 16)
+def _bits(v, words, counts, mask):
+    """Shift each lane right by its count (left where negative), and keep the bits of `mask` in every byte."""
     if min(counts) >= 0:
-        by = const(I32, [count for count in counts for _ in range(4)])
-        return v.cast(v.b.lshr(words, by), I8, 64)
-    by = const(I32, [-count % 32 for count in counts for _ in range(4)])
-    return v.cast(v.call("llvm.fshl.v16i32", words.type, words, words, by), I8, 64)
+        words = v.b.lshr(words, const(I32, counts)) if any(counts) else words
+    else:
+        by = const(I32, [-count % 32 for count in counts])
+        words = v.call("llvm.fshl.v16i32", words.type, words, words, by)
+    return v.b.and_(v.cast(words, I8, 64), fill(I8, 64, mask))
 
 
-def _nibbles(v, x):
-    """The low and the high nibbles of 64 bytes."""
-    low = fill(I8, 64, 15)
-    return v.b.and_(x, low), v.b.and_(_shift(v, x, [4] * 4), low)
+def _fields(v, data, order, counts, mask):
+    """The four vectors of a bit field: lane j of vector k from word order[j] + k."""
+    return [_bits(v, _words(v, data, [word + k for word in order]), counts, mask) for k in range(4)]
+
+
+def _merged(v, low, high):
+    return [v.b.or_(a, b) for a, b in zip(low, high)]
+
+
+def _split(v, data):
+    """The nibbles of eight 16-byte blocks: 16 low ones, then 16 high ones."""
+    return _fields(v, data, [4 * pair for pair in PAIRS], [4 * half for half in HALVES], 15)
+
+
+def _gathered(v, w, size, start):
+    """The 16 bytes at `start` of eight blocks, as two vectors."""
+    loads = [v.load(v.add(w, size * k + start), I8, 16) for k in range(8)]
+    return [v.join(loads[:4]), v.join(loads[4:])]
 
 
 def _nibble_blocks(v, w, size, start):
-    """The 4-bit values of eight 32-weight blocks, low nibbles first within a block."""
-    out = []
-    for odd in (0, 1):
-        loads = [v.load(v.add(w, size * k + start), I8, 16) for k in range(odd, 8, 2)]
-        out += _nibbles(v, v.join(loads))
-    return out
+    return _split(v, _gathered(v, w, size, start))
 
 
 def _with_fifth_bit(v, w, size, start, nibbles):
     """Add 16 where the block's 32-bit mask has a one."""
+    masks = fill(I32, 8, 0)
+    for k in range(8):
+        masks = v.b.insert_element(masks, v.load(v.add(w, size * k + start), I32), I32(k))
+    masks = v.cast(v.shuffle(masks, None, PAIRS), I8, 64)
     out = []
-    for k, x in enumerate(nibbles):
-        odd, half = divmod(k, 2)
-        halves = [v.load(v.add(w, size * (2 * i + odd) + start + 2 * half), I16) for i in range(4)]
-        mask = v.b.zext(halves[0], I64)
-        for i, part in enumerate(halves[1:], 1):
-            mask = v.b.or_(mask, v.b.shl(v.b.zext(part, I64), I64(16 * i)))
-        bits = v.b.bitcast(mask, vec(ir.IntType(1), 64))
-        out.append(v.b.select(bits, v.b.or_(x, fill(I8, 64, 16)), x))
+    for k, low in enumerate(nibbles):
+        held = v.shuffle(
+            masks, None, [4 * j + 2 * half + k // 2 for j, half in enumerate(HALVES) for _ in range(4)]
+        )
+        bit = const(I8, [1 << (4 * (k % 2) + byte) for byte in range(4)] * 16)
+        hit = v.b.icmp_unsigned("!=", v.b.and_(held, bit), fill(I8, 64, 0))
+        out.append(v.b.select(hit, v.b.or_(low, fill(I8, 64, 16)), low))
     return out
+
+
+def _pairs(v, x, start=0):
+    """Eight lanes from `start` on, each twice."""
+    return v.shuffle(x, None, [start + pair for pair in PAIRS])
+
+
+def _paired_scales(v, w, size, at=0):
+    return _pairs(v, _scales(v, w, size, at))
 
 
 def _scales(v, w, size, at=0):
@@ -136,35 +136,37 @@ def _scales(v, w, size, at=0):
 
 
 def _q4_0(v, w):
-    d = _scales(v, w, 18)
-    return Block(_nibble_blocks(v, w, 18, 2), d, -8.0)
+    return Block(_nibble_blocks(v, w, 18, 2), _paired_scales(v, w, 18))
 
 
 def _q4_1(v, w):
-    return Block(_nibble_blocks(v, w, 20, 4), v.join([_scales(v, w, 20), _scales(v, w, 20, 2)]))
+    return Block(_nibble_blocks(v, w, 20, 4), _paired_scales(v, w, 20), _paired_scales(v, w, 20, 2))
 
 
 def _q5_0(v, w):
-    d = _scales(v, w, 22)
     u = _with_fifth_bit(v, w, 22, 2, _nibble_blocks(v, w, 22, 6))
-    return Block(u, d, -16.0)
+    return Block(u, _paired_scales(v, w, 22))
 
 
 def _q5_1(v, w):
     u = _with_fifth_bit(v, w, 24, 4, _nibble_blocks(v, w, 24, 8))
-    return Block(u, v.join([_scales(v, w, 24), _scales(v, w, 24, 2)]))
+    return Block(u, _paired_scales(v, w, 24), _paired_scales(v, w, 24, 2))
 
 
 def _q8_0(v, w):
-    d = _scales(v, w, 34)
+    blocks = [v.cast(v.load(v.add(w, 34 * s + 2), I8, 32), I32, 8) for s in range(8)]
+    wide = [v.join(blocks[s : s + 2]) for s in range(0, 8, 2)]
+    # Runs of two wide vectors side by side: word k of each in the first eight lanes, word k + 1 in the others.
+    starts = [*range(0, 32, 4)]
+    early, late = (
+        [v.shuffle(*wide[at : at + 2], [s + k + i for i in (0, 1) for s in starts]) for k in (0, 2)]
+        for at in (0, 2)
+    )
     u = []
-    for odd in (0, 1):
-        pairs = [[v.load(v.add(w, 34 * (2 * i + odd) + 2), I8, 32) for i in (k, k + 1)] for k in (0, 2)]
-        both = [v.join(pair) for pair in pairs]
-        for half in (0, 1):
-            lanes = _lanes(v, both, [half, 2 + half, 4 + half, 6 + half])
-            u.append(v.b.xor(lanes, fill(I8, 64, 0x80)))
-    return Block(u, d, -128.0, wide=True)
+    for a, b in zip(early, late):
+        u += [v.shuffle(a, b, [*range(at, at + 8), *range(16 + at, 24 + at)]) for at in (0, 8)]
+    u = [v.b.xor(v.cast(x, I8, 64), fill(I8, 64, 0x80)) for x in u]
+    return Block(u, _paired_scales(v, w, 34))
 
 
 def _signed_table(v, nibbles):
@@ -172,9 +174,7 @@ def _signed_table(v, nibbles):
 
 
 def _iq4_nl(v, w):
-    d = _scales(v, w, 18)
-    u = _signed_table(v, _nibble_blocks(v, w, 18, 2))
-    return Block(u, d, -128.0, wide=True)
+    return Block(_signed_table(v, _nibble_blocks(v, w, 18, 2)), _paired_scales(v, w, 18))
 
 
 def _iq4_xs(v, w):
@@ -186,8 +186,8 @@ def _iq4_xs(v, w):
     low = v.b.and_(v.b.lshr(low, const(I16, [0, 4] * 4)), fill(I16, 8, 15))
     scale = v.b.sub(v.b.or_(low, v.b.shl(high, fill(I16, 8, 4))), fill(I16, 8, 32))
     scale = v.b.fmul(d, _floats(v, scale, signed=True))
-    u = _signed_table(v, _nibble_blocks(v, w, 16, 8))
-    return Block(u, scale, -128.0, wide=True)
+    data = [v.load(v.add(w, 8 + 64 * k), I8, 64) for k in (0, 1)]
+    return Block(_signed_table(v, _split(v, data)), _pairs(v, scale))
 
 
 def _six_bit_scales(v, w):
@@ -202,69 +202,53 @@ def _six_bit_scales(v, w):
 
 
 def _k_scales(v, w):
-    """The float scales and (negative) minima of a Q4_K or Q5_K block: 16 lanes."""
-    d = v.halves_at(w, [0, 2, 0, 2], 0)
-    d = v.b.fmul(d, const(F32, [1.0, -1.0, 1.0, -1.0]))
-    factors = v.shuffle(d, None, [0] * 8 + [1] * 8)
-    return v.b.fmul(factors, _floats(v, _six_bit_scales(v, w)))
+    """The scales and minima of a Q4_K or Q5_K block."""
+    packed = _six_bit_scales(v, w)
+    d, minus = v.half(w), v.b.fmul(v.half(v.add(w, 2)), F32(-1.0))
+    factors = [v.b.fmul(v.splat(x, 16), _floats(v, _pairs(v, packed, at))) for x, at in ((d, 0), (minus, 8))]
+    return tuple(factors)
+
+
+# Where the weights of a run lie in the 128 bytes of nibbles of Q4_K and Q5_K, and in the halves of other K-quants.
+K_NIBBLES = [8 * (j // 4) + 4 * (j % 2) for j in RUNS]
+K_SHIFTS = [4 * (j // 2 % 2) for j in RUNS]
+QUARTERS = [j // 2 % 4 for j in RUNS]
+QUARTER_WORDS = [8 * (j // 8) + 4 * (j % 2) for j in RUNS]
 
 
 def _k_nibbles(v, w):
-    """The 4-bit values of Q4_K and Q5_K: 128 bytes, low nibbles of 32 bytes before their high ones."""
-    raw = [v.load(v.add(w, 64 * k), I8, 64) for k in (0, 1)]
-    first, second = (_nibbles(v, _lanes(v, raw, [half, 2 + half, 4 + half, 6 + half])) for half in (0, 1))
-    return [first[0], second[0], first[1], second[1]]
+    return _fields(v, [v.load(v.add(w, 64 * k), I8, 64) for k in (0, 1)], K_NIBBLES, K_SHIFTS, 15)
 
 
 def _q4_k(v, w):
-    return Block(_k_nibbles(v, v.add(w, 16)), _k_scales(v, w))
+    return Block(_k_nibbles(v, v.add(w, 16)), *_k_scales(v, w))
 
 
-def _with_bit(v, values, data, bits, weight):
-    """Add `weight` to the bytes of 16-byte lanes whose mask bytes have the lane's bit."""
-    chosen = const(I8, [(1 << bit) & 0xFF for bit in bits for _ in range(16)])
-    hit = v.b.icmp_unsigned("!=", v.b.and_(data, chosen), fill(I8, 64, 0))
-    return v.b.select(hit, v.b.or_(values, fill(I8, 64, weight)), values)
-
-
-def _four_times(v, address):
-    """16 bytes four times."""
-    return _lanes(v, (v.load(address, I8, 16),), [0] * 4)
+def _single_bits(v, address, bit):
+    """One bit of 32 bytes for each sub-block of 32 weights, the lowest for the first, moved to place `bit`."""
+    order = [4 * half for half in HALVES]
+    return _fields(v, [v.load(address, I8, 32)], order, [pair - bit for pair in PAIRS], 1 << bit)
 
 
 def _q5_k(v, w):
-    fifth = [_four_times(v, v.add(w, 16 + 16 * half)) for half in (0, 1)]
-    u = []
-    for k, low in enumerate(_k_nibbles(v, v.add(w, 48))):
-        odd, half = divmod(k, 2)
-        u.append(_with_bit(v, low, fifth[half], range(odd, 8, 2), 16))
-    return Block(u, _k_scales(v, w))
-
-
-def _twice_two(v, w, offsets):
-    """16 bytes at each of two places, twice each."""
-    loads = [v.load(v.add(w, offset), I8, 16) for offset in offsets]
-    return v.shuffle(*loads, [16 * k + byte for k in (0, 0, 1, 1) for byte in range(16)])
+    u = _merged(v, _k_nibbles(v, v.add(w, 48)), _single_bits(v, v.add(w, 16), 4))
+    return Block(u, *_k_scales(v, w))
 
 
 def _q6_k(v, w):
-    top = [_twice_two(v, w, (128 + 16 * half, 160 + 16 * half)) for half in (0, 1)]
-    u = []
-    for k in range(4):
-        odd, half = divmod(k, 2)
-        low = _shift(v, _twice_two(v, w, (16 * k, 64 + 16 * k)), [0, 4, 0, 4])
-        high = _shift(v, top[half], [-4 + 2 * odd, 2 * odd] * 2)
-        u.append(v.b.or_(v.b.and_(low, fill(I8, 64, 15)), v.b.and_(high, fill(I8, 64, 0x30))))
+    low = [v.load(v.add(w, 64 * k), I8, 64) for k in (0, 1)]
+    order = [16 * (j // 8) + 8 * (QUARTERS[j] % 2) + 4 * (j % 2) for j in RUNS]
+    low = _fields(v, low, order, [4 * (quarter // 2) for quarter in QUARTERS], 15)
+    high = [v.load(v.add(w, 128), I8, 64)]
+    high = _fields(v, high, QUARTER_WORDS, [2 * quarter - 4 for quarter in QUARTERS], 0x30)
     d = v.splat(v.half(v.add(w, 208)), 16)
     scale = v.b.fmul(d, _floats(v, v.load(v.add(w, 192), I8, 16), signed=True))
-    return Block(u, scale, -32.0)
+    return Block(_merged(v, low, high), scale)
 
 
 def _two_bits(v, w):
-    """2-bit values of Q2_K and Q3_K: 64 bytes, four shifts of 32 bytes for each half."""
-    raw = [_twice_two(v, w, (16 * half, 32 + 16 * half)) for half in (0, 1)]
-    shifts = [[2 * odd, 2 * odd + 4] * 2 for odd in (0, 1)]
-    return [v.b.and_(_shift(v, raw[k % 2], shifts[k // 2]), fill(I8, 64, 3)) for k in range(4)]
+    """2-bit values of Q2_K and Q3_K: four shifts of 32 bytes for each half."""
+    return _fields(v, [v.load(w, I8, 64)], QUARTER_WORDS, [2 * quarter for quarter in QUARTERS], 3)
 
 
 def _q2_k(v, w):
@@ -273,15 +257,11 @@ def _q2_k(v, w):
     low = _floats(v, v.b.lshr(packed, fill(I8, 16, 4)))
     d, minus = v.splat(v.half(v.add(w, 80)), 16), v.splat(v.half(v.add(w, 82)), 16)
     minus = v.b.fmul(minus, fill(F32, 16, -1.0))
-    return Block(_two_bits(v, v.add(w, 16)), v.b.fmul(d, scale), lows=v.b.fmul(minus, low))
+    return Block(_two_bits(v, v.add(w, 16)), v.b.fmul(d, scale), v.b.fmul(minus, low))
 
 
 def _q3_k(v, w):
-    mask = [_four_times(v, v.add(w, 16 * half)) for half in (0, 1)]
-    u = []
-    for k, low in enumerate(_two_bits(v, v.add(w, 32))):
-        odd, half = divmod(k, 2)
-        u.append(_with_bit(v, low, mask[half], range(odd, 8, 2), 4))
+    u = _merged(v, _two_bits(v, v.add(w, 32)), _single_bits(v, w, 2))
     words = [v.load(v.add(w, 96 + 4 * k), I32) for k in range(3)]
     four, two = I32(0x0F0F0F0F), I32(0x03030303)
     packed = fill(I32, 4, 0)
@@ -291,23 +271,22 @@ def _q3_k(v, w):
         packed = v.b.insert_element(packed, v.b.or_(low, high), I32(k))
     whole = v.b.sub(v.cast(packed, I8, 16), fill(I8, 16, 32))
     d = v.splat(v.half(v.add(w, 108)), 16)
-    scale = v.b.fmul(d, _floats(v, whole, signed=True))
-    return Block(u, scale, -4.0)
+    return Block(u, v.b.fmul(d, _floats(v, whole, signed=True)))
 
 
 LAYOUTS = {
-    "Q4_0": Layout(144, 32, _q4_0, 32),
-    "Q4_1": Layout(160, 32, _q4_1, 32, paired=True),
-    "Q5_0": Layout(176, 32, _q5_0, 32),
-    "Q5_1": Layout(192, 32, _q5_1, 32, paired=True),
-    "Q8_0": Layout(272, 32, _q8_0, 32),
-    "IQ4_NL": Layout(144, 32, _iq4_nl, 32),
-    "IQ4_XS": Layout(136, 32, _iq4_xs),
+    "Q4_0": Layout(144, 32, _q4_0, 3, smallest=32),
+    "Q4_1": Layout(160, 32, _q4_1, smallest=32),
+    "Q5_0": Layout(176, 32, _q5_0, 4, smallest=32),
+    "Q5_1": Layout(192, 32, _q5_1, smallest=32),
+    "Q8_0": Layout(272, 32, _q8_0, 7, smallest=32),
+    "IQ4_NL": Layout(144, 32, _iq4_nl, 7, smallest=32),
+    "IQ4_XS": Layout(136, 32, _iq4_xs, 7),
     "Q2_K": Layout(84, 16, _q2_k),
-    "Q3_K": Layout(110, 16, _q3_k),
-    "Q4_K": Layout(144, 32, _q4_k, paired=True),
-    "Q5_K": Layout(176, 32, _q5_k, paired=True),
-    "Q6_K": Layout(210, 16, _q6_k),
+    "Q3_K": Layout(110, 16, _q3_k, 2),
+    "Q4_K": Layout(144, 32, _q4_k),
+    "Q5_K": Layout(176, 32, _q5_k),
+    "Q6_K": Layout(210, 16, _q6_k, 5),
 }
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 

@@ -11,7 +11,7 @@ depend on how a prompt is cut. The pieces are kernels of their own, so that a ne
 
 from .emit import TARGET, call_kernel, emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
-from .product import RECORD, S16, S32, D, token_bases
+from .product import RECORD, D, N, S, token_bases
 from .vector import F32, I8, I32, I64, fill
 
 GROUPS = 2 if TARGET.wide else 1  # row vectors of 16 in a tile
@@ -38,9 +38,13 @@ def piece_keys(name):
     """The kernels a format needs, by piece."""
     if name in FLOATS:
         return {"unpack": f"float_rows:{name}", "panel": "float_panel", "tile": "float_tile"}
-    sub = LAYOUTS[name].sub
-    wide = int(not TARGET.vnni and name in ("Q8_0", "IQ4_NL", "IQ4_XS"))
-    return {"unpack": f"unpack:{name}", "panel": f"panel:{sub}", "tile": f"tile:{sub}:{wide}"}
+    layout = LAYOUTS[name]
+    kind = "low" if layout.shift is None else layout.shift
+    return {
+        "unpack": f"unpack:{name}",
+        "panel": f"panel:{layout.sub}:{int(layout.shift is None)}",
+        "tile": f"tile:{layout.sub}:{kind}",
+    }
 
 
 def piece_values(name, addresses):
@@ -106,8 +110,9 @@ def unpack(v, args, name):
         for j, part in enumerate(block.bytes):
             v.store(v.add(rows, v.mul(i, STEP), 64 * j), part)
         there = v.add(scales, v.mul(i, 128))
-        v.store(there, block.scales(v))
-        v.store(v.add(there, 4 * (STEP // layout.sub)), block.minima(v))
+        v.store(there, block.scale)
+        if block.low is not None:
+            v.store(v.add(there, 64), block.low)
 
 
 def _whole_step(v, layout, address, column, columns, tail):
@@ -123,25 +128,22 @@ def _whole_step(v, layout, address, column, columns, tail):
 
 
 @emitter("panel")
-def panel(v, args, sub):
+def panel(v, args, sub, lows):
     """Turn 16 unpacked rows of 256 weights into sub-blocks whose lanes are rows: bytes, scales, minima."""
     rows, target = args[:2]
     sub = int(sub)
-    count, size = STEP // sub, 16 * sub + 128
+    size, each = 16 * sub + 128, sub // 16  # runs of 16 weights in a sub-block
     with v.loop(0, 4) as k:
         loads = [v.load(v.add(rows, STEP * i, v.mul(k, 64)), I32, 16) for i in range(16)]
-        odd, half = v.b.lshr(k, v.i(1)), v.b.and_(k, v.i(1))
-        there = v.add(target, v.mul(odd, 32 // sub * size), v.mul(half, 256 if sub == 32 else size))
-        for word, column in enumerate(v.transpose16(loads)):
-            pair, inner = divmod(word, 4)
-            v.store(v.add(there, 2 * pair * (32 // sub) * size + 64 * inner), column)
+        there = v.add(target, v.mul(k, 64))
+        for run, column in enumerate(v.transpose16(loads)):
+            v.store(v.add(there, run // each * size + run % each * 256), column)
     scales = v.add(rows, 16 * STEP)
-    with v.loop(0, 2 * count // 16) as half:
-        loads = [v.load(v.add(scales, 128 * i, v.mul(half, 64)), F32, 16) for i in range(16)]
-        there = v.add(target, 16 * sub, v.mul(half, 64))
-        for k, column in enumerate(v.transpose16(loads)):
-            which, block = divmod(k, count)
-            v.store(v.add(there, block * size + 64 * which), column)
+    for which in range(1 + int(lows)):
+        loads = [v.load(v.add(scales, 128 * i + 64 * which), F32, 16) for i in range(16)]
+        for run, column in enumerate(v.transpose16(loads)):
+            if run % each == 0:
+                v.store(v.add(target, run // each * size + 16 * sub + 64 * which), column)
 
 
 def _tile_sums(v, sums, start, n, at):
@@ -162,47 +164,67 @@ def _store_sums(v, zs, accs):
 
 
 @emitter("tile")
-def tile(v, args, sub, wide):
-    """Multiply the panel by a tile of tokens; integers within a sub-block, floats across."""
+def tile(v, args, sub, kind):
+    """Multiply the panel by a tile of tokens; integers within a sub-block, floats across.
+
+    `kind` is the shift of the format's offset, or "low" where it has minima.
+    """
     sums, x, x_stride, start, n, at, end, panel, columns = args[:9]
-    sub, wide = int(sub), wide == "1"
-    xs = token_bases(v, x, x_stride, start, n, TILE)
+    sub, shift = int(sub), None if kind == "low" else int(kind)
+    xs = token_bases(v, x, RECORD, start, n, TILE)
     zs, accs = _tile_sums(v, sums, start, n, at)
-    size, stride = 16 * sub + 128, GROUP_BYTES[sub]
-    block = v.variable(panel)
+    size = 16 * sub + 128
+    block, firsts = v.variable(panel), v.scratch(TILE * 64)
     with v.loop(at, end, STEP) as column:
-        records = [v.add(x, v.mul(v.b.lshr(column, v.i(8)), RECORD)) for x in xs]
-        with v.loop(0, STEP, sub) as inner:
-            _sub_block(v, sub, wide, accs, records, inner, v.get(block), stride)
+        records = [v.add(x, v.mul(v.b.lshr(column, v.i(8)), x_stride)) for x in xs]
+        if shift is not None:
+            _store_firsts(v, sub, shift, records, firsts)
+        with v.loop(0, STEP // sub) as i:
+            _sub_block(v, sub, shift, accs, records, firsts, i, v.get(block))
             v.set(block, v.add(v.get(block), size))
     _store_sums(v, zs, accs)
 
 
-def _sub_block(v, sub, wide, accs, records, inner, block, stride):
-    """Add one sub-block of the panel, from column `inner` of 256 on, to the sums of every token."""
-    s = v.b.lshr(inner, v.i(5))
-    at = v.add(v.mul(v.b.and_(s, v.i(1)), 128), v.mul(v.b.lshr(s, v.i(1)), 16))
-    at = v.add(at, v.mul(v.b.and_(v.b.lshr(inner, v.i(4)), v.i(1)), 64))
-    ints = _integer_dots(v, sub, [v.add(record, at) for record in records], block, stride, wide)
-    scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
-    minimum = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
-    d_at = v.add(v.mul(v.b.lshr(inner, v.i(5)), 4), D)
-    s_at = v.add(v.mul(v.b.udiv(inner, v.i(sub)), 4), S32 if sub == 32 else S16)
+def _store_firsts(v, sub, shift, records, firsts):
+    """Note for each token and run what the integer sum of a sub-block begins with: the offset's share."""
     for t, record in enumerate(records):
-        d = v.splat(v.load(v.add(record, d_at), F32), 16)
-        s = v.splat(v.load(v.add(record, s_at), F32), 16)
+        n = v.load(v.add(record, N), I32, 16)
+        if sub == 32:
+            n = v.b.add(n, v.shuffle(n, None, [j ^ 1 for j in range(16)]))
+        v.store(v.add(firsts, 64 * t), v.b.shl(n, fill(I32, 16, shift)))
+
+
+def _sub_block(v, sub, shift, accs, records, firsts, i, block):
+    """Add the i-th sub-block of 256 columns to the sums of every token."""
+    stride = GROUP_BYTES[sub]
+    run = v.mul(i, sub // 4)  # where the lane of its first run lies in each vector of a record
+    begin = [v.add(firsts, 64 * t, run) for t in range(TILE)] if shift is not None else None
+    ints = _integer_dots(v, sub, [v.add(record, run) for record in records], block, stride, begin, shift == 7)
+    scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
+    if shift is None:
+        low = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
+    for t, record in enumerate(records):
+        d = v.splat(v.load(v.add(record, D, run), F32), 16)
+        if shift is None:
+            s = v.load(v.add(record, S, run), F32)
+            s = v.splat(v.b.fadd(s, v.load(v.add(record, S + 4, run), F32)) if sub == 32 else s, 16)
         for g in range(GROUPS):
-            total = v.fma(minimum[g], s, v.get(accs[t][g]))
+            total = v.get(accs[t][g])
+            if shift is None:
+                total = v.fma(low[g], s, total)
             v.set(accs[t][g], v.fma(v.to_float(ints[t][g]), v.b.fmul(scale[g], d), total))
 
 
-def _integer_dots(v, sub, xs, block, stride, wide):
-    """Integer sums of one sub-block for every token and row vector."""
-    ints = [[fill(I32, 16, 0)] * GROUPS for _ in xs]
+def _integer_dots(v, sub, xs, block, stride, begin, wide):
+    """Integer sums of one sub-block for every token and row vector, from what is at `begin` or zero on."""
+    zero = fill(I32, 16, 0)
+    firsts = [zero] * len(xs) if begin is None else [v.splat(v.load(at, I32), 16) for at in begin]
+    ints = [[first] * GROUPS for first in firsts]
     for k in range(sub // 4):
         weights = [v.load(v.add(block, g * stride + 64 * k), I8, 64) for g in range(GROUPS)]
         for t, x in enumerate(xs):
-            four = v.cast(v.splat(v.load(v.add(x, 64 * (k // 4) + 4 * (k % 4)), I32), 16), I8, 64)
+            four = v.load(v.add(x, 64 * (k % 4) + 4 * (k // 4)), I32)
+            four = v.cast(v.splat(four, 16), I8, 64)
             ints[t] = [v.dot4(ints[t][g], weights[g], four, wide) for g in range(GROUPS)]
     return ints
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from . import gemm, product  # noqa: F401  (registers their emitters)
 from . import rows as _rows  # noqa: F401
 from .emit import call_kernel, emitter, write
-from .product import STEP
+from .product import COUNTS, RECORD, STEP
 from .threads import COUNTERS, LINE, draw
 from .vector import I32, I64
 
 PART = (
-    "w", "row_bytes", "rows", "columns", "column", "gemv1", "gemv2", "gemv4", "gemm", "pieces", "bias", "floats",
-)  # fmt: skip
+    *("w", "row_bytes", "rows", "columns", "column", "gemv1", "gemv2", "gemv4", "gemv8", "gemm", "pieces"),
+    *("bias", "floats"),
+)
 INPUT = ("x", "x_stride", "columns", "norm", "n", "n_prompt", "floats", "records", "quantized")
 ROOM = ("scratch", "scratch_stride", "parts", "count", "out", "out_stride", "y", "y_stride")
 PIECES = ("normalize", "quantize")
@@ -77,8 +78,8 @@ def _prepare_rows(v, f, me, team):
         with v.when(v.compare(padded, ">", f["columns"])):
             v.clear(v.add(floats, v.mul(f["columns"], 4)), v.mul(v.sub(padded, f["columns"]), 4))
         with v.when(v.compare(f["quantized"], "!=", 0)):
-            record = v.add(f["records"], v.divide(v.mul(v.mul(row, padded), 3), 2))
-            call_kernel(v, f["quantize"], floats, record, padded)
+            record = v.add(f["records"], v.mul(row, RECORD))
+            call_kernel(v, f["quantize"], floats, record, padded, v.mul(f["n"], RECORD))
     return padded
 
 
@@ -86,16 +87,18 @@ def _multiply(v, f, part, padded, y, y_stride, first, last, scratch):
     """Rows of one matrix times every token: prompt rows through gemm, the others through gemv."""
     float_weights = v.compare(part["floats"], "!=", 0)
     x = v.choose(float_weights, f["floats"], f["records"])
-    stride = v.choose(float_weights, v.mul(padded, 4), v.divide(v.mul(padded, 3), 2))
+    row_bytes = v.choose(float_weights, v.mul(padded, 4), RECORD)
+    stride = v.choose(float_weights, row_bytes, v.mul(f["n"], RECORD))
     prompt = f["n_prompt"]
     with v.when(v.compare(prompt, ">", 0)):
         head = (part["w"], part["row_bytes"], x, stride, y, y_stride, first, last, part["columns"])
         call_kernel(v, part["gemm"], *head, prompt, scratch, part["pieces"])
     rest = v.sub(f["n"], prompt)
     with v.when(v.compare(rest, ">", 0)):
-        several = v.choose(v.compare(rest, "==", 2), part["gemv2"], part["gemv4"])
-        kernel = v.choose(v.compare(rest, "==", 1), part["gemv1"], several)
-        x, y = v.add(x, v.mul(prompt, stride)), v.add(y, v.mul(prompt, y_stride))
+        kernel = part[f"gemv{COUNTS[-1]}"]
+        for count in reversed(COUNTS[:-1]):
+            kernel = v.choose(v.compare(rest, "<=", count), part[f"gemv{count}"], kernel)
+        x, y = v.add(x, v.mul(prompt, row_bytes)), v.add(y, v.mul(prompt, y_stride))
         head = (part["w"], part["row_bytes"], x, stride, y, y_stride, first, last, part["columns"])
         call_kernel(v, kernel, *head, rest)
 

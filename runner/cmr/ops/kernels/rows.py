@@ -4,7 +4,7 @@ import math
 
 from .emit import emitter
 from .formats import STEP
-from .product import RECORD, S16, S32, D
+from .product import D, N, S
 from .vector import F32, I8, I32, fill, vec
 
 NORM_KINDS = {"none": 0, "rms": 1, "layer": 2}
@@ -96,8 +96,8 @@ def normalize(v, args):
 
 @emitter("quantize")
 def quantize(v, args):
-    """Quantize one row of float32, zero-padded to a multiple of 256: x, record, padded columns (see product.py)."""
-    x, record, padded = args[:3]
+    """Quantize one row of float32, zero-padded to whole steps: x, record, padded columns, stride (see product.py)."""
+    x, record, padded, stride = args[:4]
     with v.loop(0, padded, 32) as at:
         values = v.load(v.add(x, v.mul(at, 4)), F32, 32)
         size = v.reduce(v.call("llvm.fabs.v32f32", values.type, values), v.fmax)
@@ -105,19 +105,19 @@ def quantize(v, args):
         inverse = v.b.select(zero, F32(0.0), v.b.fdiv(F32(127.0), size))
         d = v.b.fmul(size, F32(1.0 / 127.0))
         whole = v.b.fptosi(v.rint(v.b.fmul(values, v.splat(inverse, 32))), vec(I32, 32))
-        there = v.add(record, v.mul(v.b.lshr(at, v.i(8)), RECORD))
+        there = v.add(record, v.mul(v.b.lshr(at, v.i(8)), stride))
         inner = v.b.and_(at, v.i(STEP - 1))
         bytes_ = v.b.trunc(whole, vec(I8, 32))
-        s = v.b.lshr(inner, v.i(5))
-        first = v.add(there, v.mul(v.b.and_(s, v.i(1)), 128), v.mul(v.b.lshr(s, v.i(1)), 16))
         for half in (0, 1):
-            v.store(v.add(first, 64 * half), v.part(bytes_, 16 * half, 16))
-        sums = [v.b.sitofp(v.reduce(v.part(whole, 16 * k, 16), v.b.add), F32) for k in (0, 1)]
-        place = v.add(there, v.b.lshr(inner, v.i(3)))
-        v.store(v.add(place, D), d, 4)
-        v.store(v.add(place, S32), v.b.fmul(d, v.b.fadd(*sums)), 4)
-        for k in (0, 1):
-            v.store(v.add(there, v.b.lshr(inner, v.i(2)), S16 + 4 * k), v.b.fmul(d, sums[k]), 4)
+            run = v.add(v.b.lshr(inner, v.i(4)), half)
+            first = v.add(there, v.mul(run, 4))
+            words = v.cast(v.part(bytes_, 16 * half, 16), I32, 4)
+            for k in range(4):
+                v.store(v.add(first, 64 * k), v.lane(words, k), 4)
+            total = v.reduce(v.part(whole, 16 * half, 16), v.b.add)
+            v.store(v.add(first, D), d, 4)
+            v.store(v.add(first, S), v.b.fmul(d, v.b.sitofp(total, F32)), 4)
+            v.store(v.add(first, N), v.b.neg(total), 4)
 
 
 @emitter("finish")
