@@ -20,6 +20,7 @@ from cmr_plugins.weight_reader import PAGE, Files, Memory, Ring, Unit, unit_of
 SLOTS = 2  # one is computed on while the other is filled
 SAMPLE_SECONDS, SAMPLE_BYTES = 0.4, 1 << 29
 OUTPUT = "output"
+PIECE_ROWS = 64  # pieces of the output matrix are of a multiple of so many rows
 
 
 @plugin
@@ -179,13 +180,17 @@ class Source:
     def _output_units(self) -> list[Unit]:
         """The output matrix as units, none larger than the largest layer."""
         matrix = self.plain.output[0][0]
-        count = -(-matrix.nbytes // max(unit.nbytes for unit in self.units))
-        bounds = [matrix.rows * i // count // 64 * 64 for i in range(count)] + [matrix.rows]
+        count = -(-matrix.nbytes // self._largest())
+        bounds = sorted({matrix.rows * i // count // PIECE_ROWS * PIECE_ROWS for i in range(count)})
+        bounds.append(matrix.rows)
         offset, path, row = matrix.owner.offset, matrix.owner.source.path, matrix.row_bytes
         return [
             unit_of((OUTPUT, start, stop), [(OUTPUT, path, offset + start * row, offset + stop * row)])
             for start, stop in zip(bounds, bounds[1:])
         ]
+
+    def _largest(self) -> int:
+        return max(unit.nbytes for unit in self.units)
 
     def _kept(self, budget: int) -> set[Unit]:
         """The units that stay, spread evenly over a step, so that reading need never pause."""

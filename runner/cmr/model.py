@@ -158,7 +158,7 @@ class Model:
                 hidden = arena.hidden.array[: len(step.tokens)]
                 place = replay.call(step, self._shown, plan.on_layer, index, hidden, place, count)
         if place == count:
-            self._logits(step, arena)
+            self._logits(plan, step, arena)
 
     def _shown(self, step: Any, hooks: Any, layer: int, hidden: np.ndarray, place: int, count: int) -> int:
         """Show plugins what came out of a layer; the place of the next in the plan.
@@ -179,7 +179,8 @@ class Model:
         arena, n = self._rows(len(step.tokens)), rows.stop - rows.start
         arena.want(max(n, sum(part.want for part in step.parts)))
         arena.last.array[:n] = arena.hidden.array[rows]
-        self._project_logits(arena, arena.last, n, n if rows.start < step.n_prompt else 0)
+        n_prompt, pieces = n if rows.start < step.n_prompt else 0, self.weights.output_pieces
+        self._project_logits(step, arena, arena.last, n, n_prompt, pieces)
         self._headed = n == len(step.tokens) and all(part.want == len(part.tokens) for part in step.parts)
         return arena.logits.array[:n]
 
@@ -310,7 +311,7 @@ class Model:
         if config.attn_temperature is not None:
             self._replay.call(step, _warmed, x.array[:n, : heads * dim], *config.attn_temperature)
 
-    def _logits(self, step: Any, arena: Arena) -> None:
+    def _logits(self, plan: Any, step: Any, arena: Arena) -> None:
         """logits = those of the rows that parts want, side by side."""
         total = sum(part.want for part in step.parts)
         if not total:
@@ -322,12 +323,18 @@ class Model:
             for part, rows in zip(step.parts, step.spans):
                 last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
                 row += part.want
-        self._project_logits(arena, last, total, n_prompt)
+        rows = arena, last, total, n_prompt
+        pieces = getattr(plan.weights, "output_pieces", self.weights.output_pieces)
+        if pieces == self.weights.output_pieces:
+            self._project_logits(step, *rows, pieces)
+        else:
+            self._replay.call(step, self._project_logits, *rows, pieces)
 
-    def _project_logits(self, arena: Arena, x: Any, n: int, n_prompt: int) -> None:
-        """logits = output @ norm(x) of n rows."""
-        norm = self.weights.output_norm
-        self.ops.project(x, n, n_prompt, self.weights.output, arena.logits, norm=norm)
+    def _project_logits(self, step: Any, arena: Arena, x: Any, n: int, n_prompt: int, pieces: Any) -> None:
+        """logits = output @ norm(x) of n rows, by pieces() of the output matrix."""
+        for first, parts in pieces():
+            norm = self.weights.output_norm
+            self.ops.project(x, n, n_prompt, parts, arena.logits, norm=norm, column=first)
         self.ops.finish_logits(arena.logits, n, self.config.logit_scale, self.config.logit_softcap)
 
 

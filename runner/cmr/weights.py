@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -55,7 +55,10 @@ class Layer:
 
 
 class WeightSource(Protocol):
-    """Who serves layers to the forward pass; between acquire and release a layer's bytes stay in place."""
+    """Who serves layers to the forward pass; between acquire and release a layer's bytes stay in place.
+
+    A source that also has output_pieces(), as Weights does, serves the output matrix too.
+    """
 
     def acquire(self, layer: int) -> Layer:
         """Return the layer, ready to be read."""
@@ -114,6 +117,10 @@ class Weights:
             return [(self.token_embd, None)]
         bias = self.all.get("output.bias")
         return [(self.ops.matrix(self.all["output.weight"]), None if bias is None else self.ops.vector(bias))]
+
+    def output_pieces(self) -> Iterator[tuple[int, list[Part]]]:
+        """Yield the output matrix as (first row, parts), here whole; each is used before the next is asked for."""
+        yield 0, self.output
 
     @property
     def token_bytes(self) -> int:

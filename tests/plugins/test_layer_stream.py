@@ -85,6 +85,17 @@ def test_every_budget_gives_the_same_tokens(stream, model, share):
     assert answers(session) == answers(Session.open(model))
 
 
+def test_the_output_matrix_is_streamed_in_pieces(stream, model, monkeypatch):
+    monkeypatch.setattr("cmr_plugins.layer_stream.PIECE_ROWS", 32)
+    monkeypatch.setattr("cmr_plugins.layer_stream.Source._largest", lambda source: 3000)
+    session, source = stream(str(2 * max(unit.size for unit in stream()[1].units)))
+    assert source.fixed == 0 and [unit.key for unit in source.pieces] == [
+        ("output", start, start + 32) for start in (0, 32, 64)
+    ]
+    assert answers(session) == answers(Session.open(model))
+    assert set(source.pieces) < set(source.order)
+
+
 def test_each_step_reads_what_is_not_kept_once(stream):
     session, source = stream()
     files, ring = source.files, source.ring
