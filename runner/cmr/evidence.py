@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 UNIT = 2.0**-24
-BLOCK = 64  # slots; caches hold whole blocks
+BLOCK = 64  # slots; caches have room for whole blocks
 NEVER = 1 << 30
 KINDS = {"cumulative-weights": 0, "window-weights": NEVER}  # the position that queries count from at first
+
+
+@dataclass(eq=False, slots=True)
+class Notes:
+    """Where one attention notes the weights of queries at position `since` and later, in units.
+
+    Generated rows: `rows` int32 [n or more, kv_heads, capacity] are replaced, after their first `fold` were added
+    to `sums` int64 [kv_heads, capacity]. A prompt's add up in `sums` themselves, and there are no `rows`.
+    """
+
+    sums: np.ndarray
+    since: int
+    rows: np.ndarray | None = None
+    fold: int = 0
 
 
 class Noted:
@@ -33,25 +49,32 @@ class Noted:
         self.sums[:] = 0
         self._forget()
 
-    def rows(self, q_pos: np.ndarray, slots: int, prompt: bool) -> np.ndarray | None:
-        """Return zeros for an attention to write into, [rows, kv_heads, slots rounded up to whole blocks].
-
-        int32; a prompt's rows share one, int64. None where no query counts; q_pos, int32 [n], increases.
-        """
-        if q_pos[-1] < self.since:
+    def notes(self, q_pos: np.ndarray, prompt: bool) -> Notes | None:
+        """Return where an attention of queries at q_pos, int32 [n] increasing, notes; None if none counts."""
+        n = len(q_pos)
+        first, stop = q_pos.item(0), q_pos.item(n - 1) + 1
+        if stop <= self.since:
             return None
-        self.add()
-        self._starts, self._stop = q_pos[:1] if prompt else q_pos.copy(), int(q_pos[-1]) + 1
-        shape = (len(self._starts), self.kv_heads, -(-slots // BLOCK) * BLOCK)
-        self._rows = np.zeros(shape, np.int64 if prompt else np.int32)
-        return self._rows
+        if prompt:
+            self.add()
+            self._whole = np.zeros_like(self.sums)
+            self._first, self._stop, self._n = first, stop, 1
+            return Notes(self._whole, self.since)
+        fold = self._n
+        if self._whole is not None or self._rows.shape[1:] != self.sums.shape or len(self._rows) < n:
+            self.add()
+            self._rows, fold = np.zeros((n, *self.sums.shape), np.int32), 0
+        elif fold:
+            self.floor = self._stop
+        self._first, self._stop, self._n = first, stop, n
+        return Notes(self.sums, self.since, self._rows, fold)
 
     def add(self) -> None:
         """Add the latest rows to the sums for good."""
-        if len(self._rows):
+        if self._n:
             self._add_to(self.sums)
             self.floor = self._stop
-            self._forget()
+        self._forget()
 
     def total(self, slots: int) -> np.ndarray:
         """Return the sums of the first slots with the latest rows, int64 [kv_heads, slots], a copy."""
@@ -66,19 +89,22 @@ class Noted:
 
     def can_drop(self, pos: int) -> bool:
         """Whether drop(pos) takes back all that queries from pos on added, and no more."""
-        inside = len(self._starts) and self._starts[-1] < pos < self._stop
+        inside = self._whole is not None and self._first < pos < self._stop
         return pos >= self.floor and not inside
 
     def drop(self, pos: int) -> None:
         """Take back what queries from pos on added, as far as it is still apart."""
-        kept = int(np.searchsorted(self._starts, pos))
-        if kept < len(self._starts):
-            self._starts, self._rows, self._stop = self._starts[:kept], self._rows[:kept], pos
+        if pos <= self._first:
+            self._n, self._whole = 0, None
+        elif self._whole is None:
+            self._n = min(self._n, pos - self._first)
+        self._stop = min(self._stop, pos)
 
     def _add_to(self, sums: np.ndarray) -> None:
-        for row in self._rows:
+        """Add the latest rows, which may have fewer slots."""
+        for row in self._rows[: self._n] if self._whole is None else [self._whole]:
             sums[:, : row.shape[1]] += row
 
     def _forget(self) -> None:
-        self._rows = np.zeros((0, self.kv_heads, 0), np.int64)
-        self._starts, self._stop = np.zeros(0, np.int32), 0
+        self._rows, self._whole = np.zeros((0, self.kv_heads, 0), np.int32), None
+        self._first = self._stop = self._n = 0

@@ -124,9 +124,8 @@ class LayerCache:
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
-        rows = None if self.noted is None else self.noted.rows(q_pos, len(self), prompt)
-        since = 0 if self.noted is None else self.noted.since
-        self.ops.attend(q, q_pos, [self._segment()], rule, out, prompt, rows, since)
+        notes = None if self.noted is None else self.noted.notes(q_pos, prompt)
+        self.ops.attend(q, q_pos, [self._segment()], rule, out, prompt, notes)
 
     def segments(self) -> list[Segment]:
         """Return what is held as the op table reads it."""

@@ -12,15 +12,17 @@ import numpy as np
 from cmr.ops.kernels import attend, attention, jobs, noting
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
-from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
+from cmr.ops.launcher import Launcher, address_of, float_bits
 from cmr.ops.records import Segment
+
+NO_NOTES = (0,) * len(noting.NOTES)
 
 
 @dataclass(eq=False, slots=True)
 class Call:
     """One call of attend: queries float32 [n, heads, dim] at q_pos, segments, rule, and out [n, heads, dim_v].
 
-    `noted` takes the weights that slots get from queries at `since` and later.
+    `notes` take the weights that slots get.
     """
 
     q: np.ndarray
@@ -28,8 +30,7 @@ class Call:
     segments: list[Segment]
     rule: Any
     out: np.ndarray
-    noted: np.ndarray | None = None
-    since: int = 0
+    notes: Notes | None = None
 
     @property
     def group(self) -> int:
@@ -57,12 +58,14 @@ class Call:
             *(address_of(out), out.strides[0], len(self.segments)),
         )
 
-    def notes(self, room: int = 0, each: int = 0) -> tuple[int, ...]:
+    def note_fields(self, room: int = 0, each: int = 0) -> tuple[int, ...]:
         """The fields noting.NOTES, with room for weights, `each` bytes for a thread."""
-        noted = self.noted
-        if noted is None:
-            return (0,) * len(noting.NOTES)
-        return (address_of(noted), noted.strides[0], noted.strides[1], self.since, room, each)
+        notes = self.notes
+        if notes is None:
+            return NO_NOTES
+        sums, rows = notes.sums, notes.rows
+        places = (0, 0, 0) if rows is None else (address_of(rows), rows.strides[0], rows.strides[1])
+        return (address_of(sums), sums.strides[0], *places, notes.fold, notes.since, room, each)
 
 
 class AttentionOps(Launcher):
@@ -105,12 +108,11 @@ class AttentionOps(Launcher):
         rule: Any,
         out: np.ndarray,
         prompt: bool,
-        noted: np.ndarray | None = None,
-        since: int = 0,
+        notes: Notes | None = None,
     ) -> None:
         turned_k, turned_v = segments[0].turned_k, segments[0].turned_v
         q = self._turned(q) if turned_k else q
-        call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out, noted, since)
+        call = Call(q, np.ascontiguousarray(q_pos, np.int32), segments, rule, out, notes)
         if q.shape[2] % 16 or out.shape[2] % 16:
             self._attend_padded(call, prompt)
         elif prompt:
@@ -126,7 +128,7 @@ class AttentionOps(Launcher):
         blocks = value_blocks(dim_v)
         scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
         multiply = (self.kernel("small_gemm:4:0"), self.kernel(f"small_gemm:{blocks}:1"), blocks)
-        notes = call.notes(*self._notes_room(call)) if call.noted is not None else call.notes()
+        notes = call.note_fields(*self._notes_room(call)) if call.notes else NO_NOTES
         tokens = attend.prompt_tokens(group)
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
@@ -143,10 +145,10 @@ class AttentionOps(Launcher):
         partials = self._partials.reach(n * heads * sum(pieces) * attend.piece_bytes(dim_v))
         scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
         room = 0
-        if call.noted is not None:
+        if call.notes is not None:
             kv_heads = len(call.segments[0].k)
             room = self._notes.reach(noting.decode_room_bytes(n * call.group, kv_heads, sum(pieces), tile))
-        fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.notes(room)]
+        fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.note_fields(room)]
         for segment, count in zip(call.segments, pieces):
             blocks = value_blocks(dim_v, span(segment.v_type))
             kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}")
@@ -203,7 +205,7 @@ class AttentionOps(Launcher):
             own = None if segment.q is None else widened(segment.q)
             segments.append(Segment(k, v, segment.pos, segment.used, q=own, tiles=segment.tiles))
         rule = replace(rule, scale=scale)
-        self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.noted, call.since)
+        self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.notes)
         out[:] = there[..., : out.shape[2]]
 
 

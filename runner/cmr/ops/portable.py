@@ -205,9 +205,11 @@ class PortableOps(PortablePages):
         rule: Any,
         out: np.ndarray,
         prompt: bool,
-        noted: np.ndarray | None = None,
-        since: int = 0,
+        notes: Notes | None = None,
     ) -> None:
+        if notes is not None and notes.rows is not None:
+            notes.sums += notes.rows[: notes.fold].sum(0)
+            notes.rows[: len(q)] = 0
         q = turn(q) if segments[0].turned_k else q
         scale = 1 / math.sqrt(q.shape[-1]) if rule.scale is None else rule.scale
         kv_heads = len(segments[0].k)
@@ -226,9 +228,9 @@ class PortableOps(PortablePages):
                 values = np.concatenate([values[some] for (_, values, _), some in zip(held, seen)])
                 weights = _softmax(scores, rule.softcap)
                 out[row, heads] = weights.T @ values
-                if noted is not None and p >= since:
-                    counts = np.rint(weights / UNIT).sum(1).astype(noted.dtype)
-                    noted[0 if prompt else row, group, seen[0]] += counts  # notes are of a single segment
+                if notes is not None and p >= notes.since:
+                    there = notes.sums if notes.rows is None else notes.rows[row]
+                    there[group, seen[0]] += np.rint(weights / UNIT).sum(1).astype(there.dtype)
         if segments[0].turned_v:
             out[:] = turn(out)
 

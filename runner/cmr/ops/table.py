@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cmr.evidence import Notes
 from cmr.gguf_file import Tensor
 from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Segment
 
@@ -124,8 +125,7 @@ class Ops(Protocol):
         rule: Any,
         out: np.ndarray,
         prompt: bool,
-        noted: np.ndarray | None = None,
-        since: int = 0,
+        notes: Notes | None = None,
     ) -> None:
         """Attend from q, float32 [n, heads, dim], to the slots that `rule` lets each row see, into `out`.
 

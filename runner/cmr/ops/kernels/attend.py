@@ -62,7 +62,7 @@ class View:
     @property
     def noting(self):
         """Whether weights are noted."""
-        return self.v.compare(self.f["notes"], "!=", 0)
+        return self.v.compare(self.f["sums"], "!=", 0)
 
     def q_pos(self, row):
         return _int32(self.v, self.f["q_pos"], row)
@@ -158,13 +158,17 @@ def attend_decode(v, args):
         g, piece = v.divide(item, f["pieces"]), v.remainder(item, f["pieces"])
         address, within = _find(v, view, piece)
         _one_piece(v, view, Slots(view, address, g), scratch, piece, within)
+        with v.when(v.b.and_(view.noting, v.compare(f["pieces"], "==", 1))):
+            with v.loop(0, v.mul(f["n"], view.group)) as query:
+                noting.finish_piece(v, _partial(v, view, g, query, piece)[1])
+            _note_piece(v, view, scratch, g, piece)
     write(v, "barrier", control, team)
     stride = v.add(v.mul(f["dim_v"], 4), 64)
     with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
         partials = v.add(f["partials"], v.mul(v.mul(query, f["pieces"]), stride))
         row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
         write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.output(row, head))
-    with v.when(view.noting):
+    with v.when(v.b.and_(view.noting, v.compare(f["pieces"], ">", 1))):
         write(v, "barrier", control, team)
         with v.loop(me, v.mul(f["pieces"], f["kv_heads"]), team) as item:
             _note_piece(v, view, scratch, v.divide(item, f["pieces"]), v.remainder(item, f["pieces"]))

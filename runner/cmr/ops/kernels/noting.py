@@ -7,8 +7,9 @@ and sum of each row are known; then one pass scales them to whole units of 2**-2
 from .attention import PIECE, TILE
 from .vector import F32, I32, I64, fill, vec
 
-# Where notes go (0: nowhere), bytes between rows and heads there, the first position that counts, room for weights.
-NOTES = ("notes", "notes_row", "notes_head", "since", "room", "room_stride")
+# Fields of a job: sums (0: nothing is noted) and the bytes between heads there; rows of generated tokens with the bytes
+# between rows and heads; how many of them the sums take in first; the first position that counts; room for weights.
+NOTES = ("sums", "sums_head", "rows", "rows_row", "rows_head", "fold", "since", "room", "room_stride")
 ONE = 2.0**24
 HEADER = 3  # float32 for each row of a prompt's item: final maximum, inverse of the sum, factor
 
@@ -44,26 +45,52 @@ def piece_room(v, view, g, piece):
 def note_piece(v, view, scratch, g, piece, count, column, partial):
     """Note what every row gave to the `count` slots of a piece; `partial(query, piece)` is where results are."""
     f, room = view.f, piece_room(v, view, g, piece)
+    rows = v.add(f["rows"], v.mul(g, f["rows_head"]), v.mul(column, 4))
+    with v.when(v.compare(f["fold"], ">", 0)):
+        _fold(v, f, rows, v.add(f["sums"], v.mul(g, f["sums_head"]), v.mul(column, 8)), count)
     with v.loop(0, f["n"]) as row:
-        with v.when(v.compare(view.q_pos(row), ">=", f["since"])):
-            first = v.mul(row, view.group)
+        late = v.compare(view.q_pos(row), ">=", f["since"])
+        first = v.mul(row, view.group)
+        with v.loop(0, view.group) as i:
+            query = v.add(first, i)
+            factor = _piece_factor(v, partial(query, piece), partial(query, v.i(0)))
+            v.store(v.add(scratch, v.mul(i, 4)), v.b.select(late, factor, F32(0.0)), 4)
+        there = v.add(rows, v.mul(row, f["rows_row"]))
+        with v.loop(0, count, 16) as at:
+            total = _zeros(v)
             with v.loop(0, view.group) as i:
-                query = v.add(first, i)
-                v.store(
-                    v.add(scratch, v.mul(i, 4)),
-                    _piece_factor(v, partial(query, piece), partial(query, v.i(0))),
-                    4,
-                )
-            there = v.add(f["notes"], v.mul(row, f["notes_row"]), v.mul(g, f["notes_head"]), v.mul(column, 4))
-            with v.loop(0, count, 16) as at:
-                total = v.variable(fill(I32, 16, 0))
-                v.set(total, fill(I32, 16, 0))
-                with v.loop(0, view.group) as i:
-                    factor = v.load(v.add(scratch, v.mul(i, 4)), F32)
-                    with v.when(v.b.fcmp_ordered(">", factor, F32(0.0))):
-                        weights = v.add(room, v.mul(v.add(first, i), 4 * PIECE), v.mul(at, 4))
-                        v.set(total, _units(v, v.load(weights, F32, 16), factor, v.get(total)))
-                v.store(v.add(there, v.mul(at, 4)), v.get(total))
+                factor = v.load(v.add(scratch, v.mul(i, 4)), F32)
+                with v.when(v.b.fcmp_ordered(">", factor, F32(0.0))):
+                    weights = v.add(room, v.mul(v.add(first, i), 4 * PIECE), v.mul(at, 4))
+                    v.set(total, _units(v, v.load(weights, F32, 16), factor, v.get(total)))
+            v.store(v.add(there, v.mul(at, 4)), v.get(total))
+
+
+def finish_piece(v, partial):
+    """Note where combine does what is final for a query that has only this piece."""
+    total, top = v.load(v.add(partial, 4), F32), v.load(partial, F32)
+    none = v.b.fcmp_ordered("==", total, F32(0.0))
+    inverse = v.b.fdiv(F32(1.0), v.b.select(none, F32(1.0), total))
+    v.store(v.add(partial, 16), top, 4)
+    v.store(v.add(partial, 20), v.b.select(none, F32(0.0), inverse), 4)
+
+
+def _zeros(v):
+    """A variable of 16 whole numbers, zero whenever this place is reached."""
+    total = v.variable(fill(I32, 16, 0))
+    v.set(total, fill(I32, 16, 0))
+    return total
+
+
+def _fold(v, f, rows, sums, count):
+    """Add the first rows, which the attention before left, to the sums."""
+    with v.loop(0, count, 16) as at:
+        total = _zeros(v)
+        with v.loop(0, f["fold"]) as row:
+            there = v.add(rows, v.mul(row, f["rows_row"]), v.mul(at, 4))
+            v.set(total, v.b.add(v.get(total), v.load(there, I32, 16)))
+        target = v.add(sums, v.mul(at, 8))
+        v.store(target, v.b.add(v.load(target, I64, 16), v.b.sext(v.get(total), vec(I64, 16))))
 
 
 def _piece_factor(v, partial, first):
@@ -119,15 +146,14 @@ class ItemRoom:
                 v.load(v.add(base, there), F32, 16) for base in (tops, self.finals, self.inverses)
             )
             v.store(v.add(self.factors, there), v.b.fmul(v.exp(v.b.fsub(top, final)), inverse))
-        head = v.mul(segment.head, self.view.f["notes_head"])
+        head = v.mul(segment.head, self.view.f["sums_head"])
         with v.loop(0, count, 16) as column:
-            total = v.variable(fill(I32, 16, 0))
-            v.set(total, fill(I32, 16, 0))
+            total = _zeros(v)
             with v.loop(0, self.m) as i:
                 here = v.add(weights, v.mul(i, 4 * TILE), v.mul(column, 4))
                 factor = v.load(v.add(self.factors, v.mul(i, 4)), F32)
                 v.set(total, _units(v, v.load(here, F32, 16), factor, v.get(total)))
-            target = v.add(self.view.f["notes"], head, v.mul(v.add(at, column), 8))
+            target = v.add(self.view.f["sums"], head, v.mul(v.add(at, column), 8))
             wide = v.b.sext(v.get(total), vec(I64, 16))
             for lane in range(16):
                 place = v.b.inttoptr(v.add(target, 8 * lane), I64.as_pointer())
