@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from cmr.errors import FileError
 
+# The non-linear levels of IQ4_NL and IQ4_XS: kvalues_iq4nl in ggml's ggml-common.h.
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 class Format(NamedTuple):
     """A block format: `elements` consecutive weights of a row take `bytes` bytes; `type` is ggml's number."""

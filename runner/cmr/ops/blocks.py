@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cmr import quants
 from cmr.quants import FORMATS
 
-# The non-linear levels of IQ4_NL and IQ4_XS: kvalues_iq4nl in ggml's ggml-common.h.
-IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4_LEVELS = np.array(quants.IQ4_LEVELS, np.float32)
 
 
 def dequantize(data: np.ndarray, type: int) -> np.ndarray:

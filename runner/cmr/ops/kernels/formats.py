@@ -8,9 +8,10 @@ quantizer (ggml-common.h and the gguf package's quants.py).
 from dataclasses import dataclass
 from typing import Any
 
+from cmr.quants import IQ4_LEVELS
+
 from .vector import F32, I8, I16, I32, const, fill, vec
 
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 STEP = 256
 
 
@@ -170,7 +171,7 @@ def _q8_0(v, w):
 
 
 def _signed_table(v, nibbles):
-    return [v.lookup16([value + 128 for value in IQ4_VALUES], x) for x in nibbles]
+    return [v.lookup16([value + 128 for value in IQ4_LEVELS], x) for x in nibbles]
 
 
 def _iq4_nl(v, w):

@@ -5,8 +5,9 @@ with scale and minimum: value j is in byte j % 8, at bit 2 * (j / 8). What is un
 reference decoder gives.
 """
 
+from cmr.quants import IQ4_LEVELS
+
 from .emit import TARGET
-from .formats import IQ4_VALUES
 from .vector import F32, I1, I8, I16, I32, const, fill, vec
 
 FLOATS = {"F16": 2, "F32": 4}
@@ -52,7 +53,7 @@ def _whole(v, type, block, data):
     both = v.b.zext(bytes_, wide)
     low, high = v.b.and_(both, fill(I32, 16, 15)), v.b.lshr(both, fill(I32, 16, 4))
     if type in ("Q4_0", "IQ4_NL") and TARGET.wide:
-        table = const(F32, map(float, IQ4_VALUES) if type == "IQ4_NL" else map(float, range(-8, 8)))
+        table = const(F32, map(float, IQ4_LEVELS) if type == "IQ4_NL" else map(float, range(-8, 8)))
         return [v.call("llvm.x86.avx512.permvar.sf.512", table.type, table, x) for x in (low, high)]
     if type in ("Q5_0", "Q5_1"):
         bits = v.load(v.add(block, 2 if type == "Q5_0" else 4), I32)
@@ -80,5 +81,5 @@ def _looked_up(v, bytes_):
     """The levels of IQ4_NL by a table of bytes."""
     low = v.b.and_(bytes_, fill(I8, 16, 15))
     index = v.join([low, v.b.lshr(bytes_, fill(I8, 16, 4))])
-    levels = v.lookup16(IQ4_VALUES, index)
+    levels = v.lookup16(IQ4_LEVELS, index)
     return [v.to_float(v.b.sext(x, vec(I32, 16))) for x in v.halves(levels)]

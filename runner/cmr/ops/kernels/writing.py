@@ -4,8 +4,9 @@ Values are rounded to nearest, ties to even for eight bits and upwards for fewer
 (float32) and count.
 """
 
+from cmr.quants import IQ4_LEVELS
+
 from .emit import emitter
-from .formats import IQ4_VALUES
 from .stored import BLOCK, BLOCKS
 from .vector import F32, I8, I32, fill, vec
 
@@ -88,10 +89,10 @@ def _pack_range(v, type, there, x):
 
 def _pack_levels(v, there, x):
     """The nearest levels of IQ4_NL under the scale of the largest value, then the scale that fits them best."""
-    first = v.b.fdiv(_largest(v, x), F32(float(IQ4_VALUES[0])))
+    first = v.b.fdiv(_largest(v, x), F32(float(IQ4_LEVELS[0])))
     scaled = v.b.fmul(x, v.splat(_inverse(v, first), BLOCK))
-    index, level = fill(I8, BLOCK, 0), fill(F32, BLOCK, float(IQ4_VALUES[0]))
-    for k, (below, above) in enumerate(zip(IQ4_VALUES, IQ4_VALUES[1:]), 1):
+    index, level = fill(I8, BLOCK, 0), fill(F32, BLOCK, float(IQ4_LEVELS[0]))
+    for k, (below, above) in enumerate(zip(IQ4_LEVELS, IQ4_LEVELS[1:]), 1):
         over = v.b.fcmp_ordered(">=", scaled, fill(F32, BLOCK, (below + above) / 2))
         index = v.b.select(over, fill(I8, BLOCK, k), index)
         level = v.b.select(over, fill(F32, BLOCK, float(above)), level)
