@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cmr.evidence import UNIT
+from cmr.evidence import UNIT, Notes
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack

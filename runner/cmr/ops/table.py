@@ -134,9 +134,8 @@ class Ops(Protocol):
         pos < rule.sinks). Scores are q @ k * rule.scale (None: 1 / sqrt(dim)), then
         softcap * tanh(score / softcap) where rule.softcap > 0.
 
-        Where `noted` is given (zeros, for a single segment) the weights of queries at position `since` and
-        later, in units of evidence.UNIT, are summed over the query heads of a key head: int32 [n, kv_heads,
-        slots rounded up to 64] for generated rows, added up over rows for a prompt: int64 [1, kv_heads, ...].
+        `notes`, for a single segment, take the weights that slots get, in units of evidence.UNIT, summed over
+        the query heads of a key head.
         """
 
     def attend_pages(
