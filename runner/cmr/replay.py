@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cmr.errors import PluginError
 from cmr.kvcache import by_rule
+from cmr.ops.program import ANY
 
 KEPT = 16  # recorded steps of different shapes, the least recently used of which goes
 PATIENCE = 2  # runs in a row that a call's answer may end early until the step is recorded anew
@@ -38,10 +40,16 @@ class Recording:
         self.left = 0  # how often in a row a run could not go on to the end
         self._job = self._store = 0
 
-    def stored(self, number: int, layer: int, rows: int, cache: Any, firsts: int, counts: int) -> None:
-        """Note that the latest jobs wrote a part's rows into a cache, by the fields from these on."""
-        fields = self.program.firsts[firsts:], self.program.counts[counts:]
-        self.stores.append(Store(number, layer, rows, cache.generation, len(cache.pos) - rows, *fields))
+    @contextmanager
+    def storing(self, number: int, layer: int, rows: int, cache: Any) -> Iterator[None]:
+        """Note that the jobs until the end of the block write a part's rows into a cache, and attend to it."""
+        program = self.program
+        firsts, counts = len(program.firsts), len(program.counts)
+        program.limit = ANY
+        yield
+        most = min(len(cache.pos), program.limit) - rows
+        fields = program.firsts[firsts:], program.counts[counts:]
+        self.stores.append(Store(number, layer, rows, cache.generation, most, *fields))
 
     def cut(self, function: Callable[..., Any] | None, args: tuple[Any, ...], answer: Any) -> None:
         """End a stretch of jobs with a call."""
@@ -51,9 +59,7 @@ class Recording:
 
     def seal(self) -> None:
         """Make the stretches, once all jobs are known."""
-        limit, stretch = self.program.limit, self.program.stretch
-        self.stores = [store._replace(most=min(store.most, limit - store.rows)) for store in self.stores]
-        self.segments = [(stretch(*jobs), *rest) for jobs, *rest in self.segments]
+        self.segments = [(self.program.stretch(*jobs), *rest) for jobs, *rest in self.segments]
 
 
 class Replay:
@@ -190,10 +196,8 @@ class Replay:
         if recording is None:
             attended(step, *args)
         elif by_rule(attend) and getattr(cache, "replayable", False):
-            program = recording.program
-            places = len(program.firsts), len(program.counts)
-            attended(step, *args)
-            recording.stored(number, layer, len(pos), cache, *places)
+            with recording.storing(number, layer, len(pos), cache):
+                attended(step, *args)
         else:
             self.call(step, attended, *args)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cmr.evidence import BLOCK
 from cmr.ops.kernels import attend, attention, jobs, noting
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
@@ -44,8 +45,8 @@ class Call:
 
     @property
     def work(self) -> int:
-        """Elements of keys that are multiplied."""
-        return self.q.size * self.slots
+        """Elements of keys that are multiplied; slots count by whole blocks, as a recorded step has one team."""
+        return self.q.size * (-(-self.slots // BLOCK) * BLOCK)
 
     def fields(self) -> tuple[int, ...]:
         """The fields of a job up to its scratch."""
@@ -189,7 +190,7 @@ class AttentionOps(Launcher):
                 continue
             place = attend.SEGMENT.index("used") + at * len(attend.SEGMENT)
             program.counts.append(start + place)
-            few = SMALL_WORK // call.q.size - call.slots + segment.most if alone else program.limit
+            few = segment.most + -call.slots % BLOCK if alone else program.limit
             program.limit = min(program.limit, few, count * attention.PIECE)
 
     def _attend_padded(self, call: Call, prompt: bool) -> None:

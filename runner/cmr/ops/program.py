@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+ANY = 1 << 40
+
 
 class Stretch:
     """Jobs of a program that run in one go: the `words` that the pool reads, at a fixed `address`.
@@ -26,15 +28,15 @@ class Program:
     """Jobs in order; of their fields only slots in use change from run to run.
 
     `firsts` and `counts` are the fields that hold the first slot to write and the slots in use after that, in
-    order. A cache may have `limit` slots and a sequence `positions` positions at most; `whole` tells whether
-    the jobs are all that was done. `kept` is what must not be freed.
+    order. The cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions
+    at most; `whole` tells whether the jobs are all that was done. `kept` is what must not be freed.
     """
 
     jobs: list[tuple[int, tuple[int, ...], int, int]] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    limit: int = 1 << 40
-    positions: int = 1 << 40
+    limit: int = ANY
+    positions: int = ANY
     whole: bool = True
     kept: list[Any] = field(default_factory=list)
     size: int = 0
