@@ -30,7 +30,8 @@ fmt: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Measure this machine and write BENCHMARKS.md: speed, start, memory, every plugin; up to 15 minutes
+# Measure this machine and write BENCHMARKS.md: speed, start, memory, small tasks, every plugin; up to 15 minutes on two
+# cores. Parts of it: make bench ARGS="--only plugins"; another shape: ARGS="--shape llama-3-8b"
 bench: .venv/installed
 	$(BIN)/python tools/bench_all.py $(ARGS)
 

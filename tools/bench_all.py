@@ -1,6 +1,6 @@
 """Run the standard measurements on this machine and write their tables into BENCHMARKS.md.
 
-python tools/bench_all.py [--set quick|standard|bars] [--types q4_k_m,q4_0] [--shape llama-3.2-1b] [-o FILE]
+python tools/bench_all.py [--set quick|standard|bars] [--only plugins] [--shape llama-3-8b] [-o FILE]
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` the file belongs to this program, the rest to its readers.
 Models of random weights are made in models/ when missing; bundled ones are measured where they are there.
@@ -35,7 +35,6 @@ from cmr.bench.measure import Settings, measure  # noqa: E402
 from cmr.bench.quiet import LIMIT, Watch  # noqa: E402
 from cmr.discovery import available  # noqa: E402
 
-SECTIONS = ("speed", "start", "quality", "tasks", "plugins")
 BUNDLED = ("tiny", "nano")  # names that bundled models begin with; plugins are measured on the first
 SMALL = 1e8  # bytes of a file below which more tokens are generated and quality is measured
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,39 +68,60 @@ SETS = {
 def main() -> None:
     """Measure and write, section by section, so that what was measured stays when the rest is interrupted."""
     args = _arguments()
-    plan = SETS[args.set]
-    plan = replace(plan, rounds=args.rounds or plan.rounds, types=args.types or plan.types)
-    settings = Settings(rounds=plan.rounds, watch=Watch(args.noise), text=args.text)
-    stamp = f"{time.strftime('%Y-%m-%d')}, `{shlex.join(['python', 'tools/bench_all.py', *sys.argv[1:]])}`: "
-    stamp += f"{sentence()}."
     _check(args.output)
     began = time.perf_counter()
+    plan = SETS[args.set]
+    plan = replace(plan, rounds=args.rounds or plan.rounds, types=args.types or plan.types)
+    stamp = f"{time.strftime('%Y-%m-%d')}, `{shlex.join(['python', 'tools/bench_all.py', *sys.argv[1:]])}`: "
+    stamp += f"{sentence()}."
     bundled = [path for name in BUNDLED for path in sorted(MODELS.glob(f"{name}-*.gguf"))]
     files = [*bundled[:1], *_random_models(args.shape, plan.types)]
+    for section in args.only or SECTIONS:
+        paragraphs = MEASURES[section](args, plan, files, bundled)
+        if paragraphs:
+            _write(args.output, section, stamp, *paragraphs)
+    say(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+def _settings(args: argparse.Namespace, rounds: int) -> Settings:
+    return Settings(rounds=args.rounds or rounds, watch=Watch(args.noise), text=args.text)
+
+
+def _speeds(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
     rows: list[dict[str, Any]] = []
     versions: set[str] = set()
     for path in files:
-        rows += _speed(path, plan, settings, versions)
-        notes = [f"llama.cpp: {version}, its default settings." for version in sorted(versions)]
-        _write(args.output, "speed", stamp, "\n".join(speeds(rows)), *notes)
+        rows += _speed(path, plan, _settings(args, plan.rounds), versions)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if plan.start:
-        _write(args.output, "start", stamp, "\n".join(starts(files, CORES)))
-    if args.text:
-        chosen = [path for path in files if path.stat().st_size < SMALL]
-        _write(args.output, "quality", stamp, "\n".join(divergences(chosen, args.text)))
-    if plan.plugins and bundled:
-        _write(args.output, "tasks", stamp, tasks(bundled))
-    if args.plugins or plan.plugins and bundled:
-        path, names = (bundled or files)[0], args.plugins or available()
-        many = replace(settings, rounds=args.rounds or PLUGIN_ROUNDS)
-        lines = "\n".join(plugin_rows(path, list(settings_of(names)), many, CORES))
-        about = (
-            f"On {path.stem}, {CORES} threads, the whole token loop, against a run without plugins; {DEPTHS}"
-        )
-        _write(args.output, "plugins", stamp, about, lines)
-    say(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
+    notes = [f"llama.cpp: {version}, its default settings." for version in sorted(versions)]
+    return ["\n".join(speeds(rows)), *notes]
+
+
+def _starts(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
+    return ["\n".join(starts(files, CORES))] if args.only or plan.start else []
+
+
+def _quality(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
+    chosen = [path for path in files if path.stat().st_size < SMALL]
+    return ["\n".join(divergences(chosen, args.text))] if args.text else []
+
+
+def _tasks(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
+    return [tasks(bundled)] if (args.only or plan.plugins) and bundled else []
+
+
+def _plugins(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
+    if not (args.only or args.plugins or plan.plugins and bundled):
+        return []
+    path, names = (bundled or files)[0], args.plugins or available()
+    lines = plugin_rows(path, list(settings_of(names)), _settings(args, PLUGIN_ROUNDS), CORES)
+    about = f"On {path.stem}, {CORES} threads, the whole token loop, against a run without plugins; {DEPTHS}"
+    return [about, "\n".join(lines)]
+
+
+MEASURES = {"speed": _speeds, "start": _starts, "quality": _quality, "tasks": _tasks, "plugins": _plugins}
+SECTIONS = tuple(MEASURES)
 
 
 def _arguments() -> argparse.Namespace:
@@ -113,6 +133,7 @@ def _arguments() -> argparse.Namespace:
         "--plugins", nargs="*", help="plugins to measure (default: all, as bench_settings has them)"
     )
     parser.add_argument("--text", help="a held-out text: KL of small models on it, prompts for plugins")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, help="sections to measure (default: all)")
     parser.add_argument("--rounds", type=int, help="undisturbed rounds of each case")
     parser.add_argument("--noise", type=float, default=LIMIT, help="cores that others may use in a round")
     parser.add_argument("--json", type=Path, help="write every figure of speed here")

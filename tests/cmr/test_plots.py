@@ -115,6 +115,7 @@ def test_costs_are_drawn_against_depth_memory_distance_and_a_policys_number():
     recall = charts["recall, share of right answers"]
     assert recall.lines[0].points == ((0, 0.9), (300, 0.9)) and recall.lines[0].spans[0] == (0.1, 0.9)
     policies = charts["Policies, share of right answers"]
+    assert policies.x.name == "budget"
     assert {line.name: line.points for line in policies.lines} == {
         f"kv-evict:budget=…,policy=window, recall, {at} away": ((64.0, 0.2), (256.0, 0.5)) for at in (300, 0)
     }

@@ -103,3 +103,7 @@ def test_the_whole_set_runs_on_small_models(tmp_path, monkeypatch):
     assert "| tiny-q8_0 | cmr | " in text and "| none | not measured: " in text
     assert "| recall, 100 tokens away | " in text and "| 1.00x | 0 | 0 | 100.0% |" in text
     assert (models / "random-small-q4_0.gguf").exists()
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", *flags, "--only", "tasks"])
+    out.write_text(text.replace("| task | ", "| old | "))
+    tool.main()
+    assert out.read_text().count("| recall, 100 tokens away | ") == 1 and "| old | " not in out.read_text()

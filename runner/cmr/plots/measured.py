@@ -79,22 +79,23 @@ def _accuracies(results: Sequence[dict[str, Any]]) -> Iterator[Chart]:
 
 
 def _policies(results: Sequence[dict[str, Any]]) -> Iterator[Chart]:
-    """Curves over the one number in which settings differ, as budgets do: their divergence and their recall."""
-    figures: dict[str, dict[str, list[Point]]] = {}
+    """Curves over the one option in which settings differ, as budgets do: their divergence and their recall."""
+    figures: dict[tuple[str, str], dict[str, list[Point]]] = {}
     for result in results:
-        number = _varied(result["name"], [other["name"] for other in results])
-        if number is None:
+        varied = _varied(result["name"], [other["name"] for other in results])
+        if varied is None:
             continue
+        option, number = varied
         found = {f"depth {row['depth']}": (KL.name, row["mean"]) for row in result.get("depths", [])}
         for row in result.get("suites", []):
             if row["suite"] == "recall":
                 found[f"recall, {row['at']} away"] = ("share of right answers", row["share"])
         for name, (axis, value) in found.items():
             curve = f"{_family(result['name'])}, {name}"
-            figures.setdefault(axis, {}).setdefault(curve, []).append((number, value))
-    for axis, curves in figures.items():
+            figures.setdefault((option, axis), {}).setdefault(curve, []).append((number, value))
+    for (option, axis), curves in figures.items():
         lines = tuple(_line(name, points) for name, points in curves.items())
-        yield Chart("Policies", Axis("the number that varies"), Axis(axis, log=axis == KL.name), lines)
+        yield Chart("Policies", Axis(option), Axis(axis, log=axis == KL.name), lines)
 
 
 def _family(name: str) -> str:
@@ -102,11 +103,15 @@ def _family(name: str) -> str:
     return NUMBER.sub("…", name)
 
 
-def _varied(name: str, names: Sequence[str]) -> float | None:
-    """The one number in which a setting differs from others of its family; None where there is no such."""
+def _varied(name: str, names: Sequence[str]) -> tuple[str, float] | None:
+    """The one option in which a setting differs from others of its family, and its number; None for no such."""
     family = [NUMBER.findall(other) for other in names if _family(other) == _family(name)]
     places = [i for i, column in enumerate(zip(*family)) if len(set(column)) > 1]
-    return float(NUMBER.findall(name)[places[0]]) if len(places) == 1 else None
+    if len(places) != 1:
+        return None
+    found = list(NUMBER.finditer(name))[places[0]]
+    option = re.search(r"([\w-]+)=[^,=]*$", name[: found.start()])
+    return option[1] if option else "option", float(found[0])
 
 
 def _line(name: str, points: Sequence[Point]) -> Line:
