@@ -69,7 +69,7 @@ def test_the_perplexity_of_a_text(evaluate, folder):
     (found,) = evaluate("-f", "text", "-c", "32", "--chunks", "4")["settings"]
     text = (folder / "text").read_text()
     expected = _plain(folder, lambda m: perplexity(cmr.Session.open(m), Chunks.of(m, text, 32, 4)))
-    assert found == {"name": "plain", "perplexity": vars(expected)}
+    assert found == {"name": "plain", "plugins": [], "perplexity": vars(expected)}
 
 
 def test_a_plugin_is_held_against_the_plain_model(evaluate):

@@ -7,7 +7,7 @@ import pytest
 from tests.models import RECIPES, VOCAB, write_model
 
 import cmr
-from cmr.eval import Divergence, compare, divergence, divergence_at_depth, log_softmax, written_text
+from cmr.eval import Divergence, compare, divergence, divergence_at_depth, log_softmax, report, written_text
 
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, VOCAB, 220)]
 
@@ -182,10 +182,14 @@ def test_what_a_cache_does_is_seen_and_weighed(model):
     assert few.kv_bytes < 0.1 * few.base_kv_bytes and 0.6 < more.kv_bytes / more.base_kv_bytes < 0.7
 
 
-def test_a_text_gives_as_many_stretches_as_it_has(model):
-    for stretches, tokens in ((1, 8), (3, 24), (99, 40)):  # 220 tokens hold five of 41
-        found = divergence_at_depth(model, [Biased()], TOKENS, 32, 8, stretches=stretches)
-        assert found.divergence.tokens == tokens
+@pytest.mark.parametrize("stretches, tokens", [(1, 8), (3, 24), (99, 40)])  # 220 tokens hold five of 41
+def test_a_text_gives_as_many_stretches_as_it_has(model, stretches, tokens):
+    said = []
+    found = divergence_at_depth(
+        model, [Biased()], TOKENS, 32, 8, stretches=stretches, tell=lambda *done: said.append(done)
+    )
+    assert found.divergence.tokens == tokens
+    assert said == [(i, tokens // 8) for i in range(tokens // 8)]
 
 
 def test_a_baseline_may_have_plugins_or_be_another_file(model, path, tmp_path):
@@ -194,6 +198,26 @@ def test_a_baseline_may_have_plugins_or_be_another_file(model, path, tmp_path):
     other = cmr.open_model(write_model(tmp_path / "b.gguf", RECIPES["no-scaling"], seed=1), device="portable")
     assert divergence_at_depth(model, [], TOKENS, 16, 8, base_model=other).divergence.mean > 0.01
     other.close()
+
+
+def test_a_plugin_that_ends_the_text_leaves_nothing_to_compare(model):
+    @cmr.plugin
+    class Ends:
+        @cmr.hookimpl
+        def on_token(self, seq, token):
+            return "enough"
+
+    found = divergence_at_depth(model, [Ends()], TOKENS, 16, 8)
+    assert found.divergence.tokens == 0
+    row = {"name": "ends", "depths": [report.as_json(found)]}
+    assert row["depths"][0]["mean"] is None and "| ends " in "".join(report.tables([row]))
+
+
+@pytest.mark.parametrize("plugin", ["spec-lookup:gain=0", "prefix-cache", "batching", "telemetry"])
+def test_exact_plugins_predict_exactly_the_same(model, plugin):
+    text = TOKENS[:30] * 4  # so that there is something to look up
+    found = divergence_at_depth(model, [plugin], text, 60, 40)
+    assert (found.divergence.tokens, found.divergence.mean, found.divergence.same_top) == (40, 0, 1)
 
 
 @pytest.mark.parametrize(

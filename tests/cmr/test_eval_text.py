@@ -1,13 +1,18 @@
 """Perplexity and divergence of a text in chunks, saved baselines, and llama-perplexity's own figures."""
 
 import math
+import os
 import struct
+from contextlib import closing
 
 import numpy as np
 import pytest
+from tests.cli_runs import bundled
 from tests.tools.test_random_model import tool
 
 import cmr
+from cmr.bench.peer import LlamaWorker
+from cmr.bench.quality import peer_logits
 from cmr.eval import Divergence, compare
 from cmr.eval.baseline import BaselineWriter, SavedBaseline
 from cmr.eval.chunks import Chunks, predictions
@@ -228,4 +233,21 @@ def test_perplexity_is_llama_perplexitys(shared, text, n_ctx, value, stderr):
     found = perplexity(cmr.Session.open(model), Chunks.of(model, words, n_ctx, 8))
     assert found.value == pytest.approx(value, rel=5e-4)
     assert found.stderr == pytest.approx(stderr, rel=1e-3)
+    model.close()
+
+
+def test_perplexity_of_a_quantized_file_is_llama_cpps(shared):
+    python = os.environ.get("CMR_PEER_PYTHON")
+    if not python:
+        pytest.skip("CMR_PEER_PYTHON names no interpreter with llama-cpp-python")
+    model = cmr.open_model(bundled())
+    text = (shared / "data" / "text" / "tinystories-val-0.8MB.txt").read_text("utf-8")
+    chunks = Chunks.of(model, text, 512, 4)
+    logs = []
+    with closing(LlamaWorker(bundled(), python, 512)) as worker:
+        for i in range(len(chunks)):
+            rows = _log_softmax(peer_logits(worker, chunks.fed(i), model.n_vocab))[chunks.first : -1]
+            logs += list(rows[range(chunks.scored), chunks.following(i)])
+    found = perplexity(cmr.Session.open(model), chunks)
+    assert found.value == pytest.approx(Perplexity.of(logs).value, rel=0.005)
     model.close()

@@ -143,7 +143,9 @@ class Evaluation:
 
     def results(self) -> list[report.Result]:
         """Measure every setting of plugins and return its figures."""
-        results: list[report.Result] = [{"name": " ".join(names) or "plain"} for names in self._settings]
+        results: list[report.Result] = [
+            {"name": " ".join(names) or "plain", "plugins": names} for names in self._settings
+        ]
         sessions = [self._session(self._model, names) for names in self._settings]
         if self._args.depth:
             for result, names in zip(results, self._settings):
@@ -185,11 +187,15 @@ class Evaluation:
     def _depths(self, names: list[str]) -> Iterator[Any]:
         args = self._args
         tokens = self._model.tokenizer.encode(self._text or "", bos=True)
+        update = self._tell(f"{' '.join(names) or 'plain'} at depth {', '.join(map(str, args.depth))}")
         for place, depth in enumerate(args.depth):
-            self._tell(f"{' '.join(names) or 'plain'} at depth {depth}")(place, len(args.depth))
+
+            def tell(done: int, total: int, place: int = place) -> None:
+                update(place * total + done, len(args.depth) * total)
+
             yield divergence_at_depth(
                 self._model, names, tokens, depth, args.predict,
-                base=shlex.split(args.base or ""), base_model=self._base_model, stretches=args.stretches,
+                base=shlex.split(args.base or ""), base_model=self._base_model, stretches=args.stretches, tell=tell,
             )  # fmt: skip
 
     def _tasks_of(self, session: Session, name: str) -> report.Result:

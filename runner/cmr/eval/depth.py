@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +33,15 @@ def divergence_at_depth(
     base: Any = (),
     base_model: Any = None,
     stretches: int = 1,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> AtDepth:
     """Compare `plugins` with `base` (none) on n generated tokens that begin with `depth` in the cache.
 
     Each stretch of `tokens` goes through sessions of both: `depth` tokens in the prompt's role, then the text
     itself as if generated, so that whatever a plugin does to generated tokens, or after the prompt, acts.
     The token that the prompt's own last row predicts is not counted. A stretch begins with the model's first
-    token where it has one. `base_model` is another model of the same vocabulary (None: the same model).
+    token where it has one. `base_model` is another model of the same vocabulary (None: the same model). `tell` hears
+    how many stretches are done, of how many.
 
         model = cmr.open_model("models/tiny-q8_0.gguf")
         tokens = model.tokenizer.encode(text, bos=True)
@@ -60,7 +62,8 @@ def divergence_at_depth(
         second = stack.enter_context(Session.open(model, plugins))
         found: list[Pair] = []
         held = []
-        for part in parts:
+        for done, part in enumerate(parts):
+            tell(done, len(parts))
             with closing(Following(first, part, depth)) as a, closing(Following(second, part, depth)) as b:
                 a.row(), b.row()
                 found += pairs(a, b, part[depth + 1 :])

@@ -99,7 +99,7 @@ _DIVERGENCE = list(_COLUMNS)
 
 
 def _divergence(far: dict[str, Any] | None) -> list[str]:
-    return [make(far) if far else "" for make in _COLUMNS.values()]
+    return [make(far) if far and far["tokens"] else "" for make in _COLUMNS.values()]
 
 
 def _percent(share: float | None) -> str:
