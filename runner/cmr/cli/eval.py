@@ -86,7 +86,14 @@ def _measure_flags(add: Callable[..., Any]) -> None:
         help="stretches of the text for each depth, at most",
     )
     add("--hellaswag", metavar="FILE", help="choose endings: llama.cpp's text format, or that as .bz2")
-    add("--tasks", type=whole(1), default=TASKS, metavar="N", help="HellaSwag tasks, drawn as llama.cpp does")
+    add(
+        "--tasks",
+        "--hellaswag-tasks",
+        type=whole(1),
+        default=TASKS,
+        metavar="N",
+        help="HellaSwag tasks, drawn as llama.cpp does",
+    )
     add("--suite", action="append", default=[], metavar="NAME,...",
         help="small tasks: recall, pairs, copy, arithmetic, json, list, count, or all")  # fmt: skip
     add("--count", type=whole(1), default=40, metavar="N", help="questions of each kind")
