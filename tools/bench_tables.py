@@ -153,8 +153,9 @@ def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads:
             against = replace(settings, sides=sides, text=str(file), roofs=False, stretches=STRETCHES)
             try:
                 yield _plugin(name, list(measure(str(path), cases, against)))
-            except CMRError as error:
-                yield _line(name, f"not measured: {error}", *[""] * 6)
+            except Exception as error:  # whatever is wrong with one, the others' rows stay
+                kind = "" if isinstance(error, CMRError) else f"{type(error).__name__}: "
+                yield _line(name.replace(f"{MODELS}/", ""), f"not measured: {kind}{error}", *[""] * 6)
 
 
 def _plugin(name: str, rows: Sequence[Row]) -> str:

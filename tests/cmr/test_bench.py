@@ -312,6 +312,28 @@ def test_llama_bench_is_run_for_one_case_at_a_time(tmp_path):
         bench.measure(Case(0, 3, threads=1), 1)
 
 
+def test_a_llama_bench_on_the_path_takes_part(path, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\nflags = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "assert (flags['-d'], flags['-p'], flags['-n']) == ('4', '0', '2'), flags\n"
+        "print(json.dumps([{'avg_ns': 5e8, 'build_number': 7, 'build_commit': 'abc'}]))\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    for name in ("CMR_PEER_PYTHON", "CMR_PEER_BENCH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = ["-p", "0", "-n", "2", "-d", "4", "-r", "2", "-t", "1", "--noise", "1000", "-o", "json"]
+    assert main(["bench", path, "--device", "portable", "--peer", "llama.cpp", *flags]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)
+    assert (ours["engine"], ours["against"]) == ("cmr", "llama.cpp")
+    assert (theirs["engine"], theirs["build_commit"]) == ("llama.cpp", "llama.cpp 7 (abc)")
+    assert theirs["avg_ts"] == pytest.approx(4) and ours["ratio"] == pytest.approx(
+        ours["median_ts"] / 4, rel=0.3
+    )
+
+
 def test_a_missing_peer_is_said_with_what_would_help(monkeypatch):
     for name in ("CMR_PEER_PYTHON", "CMR_PEER_BENCH"):
         monkeypatch.delenv(name, raising=False)
