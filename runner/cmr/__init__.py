@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cmr.sampling import SamplerSettings
     from cmr.sequence import Request
     from cmr.session import Session
+    from cmr.tiers import Tier, TieredCache
     from cmr.tokenizer import open_tokenizer
 
 __version__ = "0.1.0"
@@ -33,6 +34,8 @@ _HOMES = {
     "Request": "sequence",
     "RequestError": "errors",
     "SamplerSettings": "sampling",
+    "Tier": "tiers",
+    "TieredCache": "tiers",
     "Session": "session",
     "hookimpl": "hookspecs",
     "open_model": "model",
@@ -42,7 +45,7 @@ _HOMES = {
 
 __all__ = [
     "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "Pages", "PluginError", "Request", "RequestError",
-    "SamplerSettings", "Session", "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "SamplerSettings", "Session", "Tier", "TieredCache", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

@@ -27,6 +27,8 @@ BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
     "batching": "cmr_plugins.batching:Batching",
     "budget": "cmr_plugins.budget:Budget",
+    "kv-quant": "cmr_plugins.kv_quant:KvQuant",
+    "kv-tiers": "cmr_plugins.kv_tiers:KvTiers",
     "layer-stream": "cmr_plugins.layer_stream:LayerStream",
     "prefix-cache": "cmr_plugins.prefix_cache:PrefixCache",
     "spec-draft": "cmr_plugins.spec_draft:SpecDraft",

@@ -17,17 +17,13 @@ from cmr.stats import size
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted bytes: weights, KV for each token, activations, with `context` tokens at most."""
+    """Predicted bytes: weights, KV for each further token, activations, and KV of `context` tokens, the most."""
 
     weights: int
     kv_token: int
     activations: int
     context: int
-
-    @property
-    def kv(self) -> int:
-        """The bytes of K and V when the context is full."""
-        return self.kv_token * self.context
+    kv: int
 
 
 @dataclass(frozen=True)

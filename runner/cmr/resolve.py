@@ -110,6 +110,7 @@ class _Asking:
             self._need_rollback(layers, samples)
         runtime = {hook: self._calls(hook) for hook in hookspecs.CALLS}
         kv_token = sum(samples[layer].token_bytes for layer in layers)
+        kv = sum(_bytes_at(samples[layer], context) for layer in layers)
         resident = getattr(weights, "resident_bytes", self.model.file.nbytes)
         return Plan(
             weights=weights,
@@ -121,7 +122,9 @@ class _Asking:
             owners=self.owners,
             names={hook: tuple(name for name, _ in calls) for hook, calls in runtime.items()},
             plugins=self.plugins,
-            memory=Memory(resident, kv_token, arena_bytes(self.model.config, self.model.max_rows), context),
+            memory=Memory(
+                resident, kv_token, arena_bytes(self.model.config, self.model.max_rows), context, kv
+            ),
             blame=self.blame,
             evidence=evidence,
             **{hook: tuple(call for _, call in calls) for hook, calls in runtime.items()},
@@ -278,6 +281,12 @@ def _check_owners(pm: pluggy.PluginManager) -> None:
         names = [impl.plugin_name for impl in impls if not _wraps(impl)]
         if len(names) > 1:
             raise PluginError(f"{' and '.join(names)} both provide {hook}; choose one")
+
+
+def _bytes_at(cache: Any, tokens: int) -> int:
+    """The bytes of a cache that holds so many tokens."""
+    foretell = getattr(cache, "bytes_at", None)
+    return foretell(tokens) if foretell else tokens * cache.token_bytes
 
 
 def _noting(make: Callable[[], Any], kind: str) -> Any:

@@ -125,7 +125,7 @@ MISTAKES = {
     "without effect": ("MODEL -p x --mirostat 2 --top-k 5", "--top-k does nothing with Mirostat"),
     "gpu": ("MODEL -p x -ngl 99", "-ngl 99 asks for a GPU"),
     "no-mmap": ("MODEL -p x --no-mmap", "--no-mmap cannot be honoured"),
-    "kv types": ("MODEL -p x -ctk q8_0", "-ctk q8_0 needs the plugin kv-quant"),
+    "kv types": ("MODEL -p x -ctk q7_0", "there is no type q7_0; there are: f16, q8_0"),
     "device": ("MODEL -p x --device tpu", "device 'tpu' is not supported; there are: cpu, portable"),
     "plugin": ("MODEL -p x --plugin nope", "there is no plugin 'nope'"),
     "profile": ("MODEL -p x --profile none.toml", "profile none.toml cannot be read"),

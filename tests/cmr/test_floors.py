@@ -16,7 +16,7 @@ FLOORS = [
     {"gguf_file", "rope"},
     {"ops", "config"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},
-    {"weights", "arena", "replay"},
+    {"tiers", "weights", "arena", "replay"},
     {"replay"},
     {"model", "discovery", "blame", "calls", "scheduler"},
     {"plan"},

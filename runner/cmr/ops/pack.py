@@ -38,7 +38,9 @@ def unpack(packed: np.ndarray, type: str) -> np.ndarray:
     if type in FLOATS:
         return packed.astype(np.float32)
     blocks = np.ascontiguousarray(packed).reshape(-1, PACKED[type])
-    if type == "Q2":
+    if not len(blocks):
+        values = np.zeros((0, BLOCK), np.float32)
+    elif type == "Q2":
         fields = blocks[:, None, 4:] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
         scale, low = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
         values = scale * fields.reshape(len(blocks), BLOCK).astype(np.float32) + low

@@ -10,6 +10,7 @@ import numpy as np
 ALIGNMENT = 64
 NO_AGE = (-1, 0)
 AGES = 64  # tokens grow older in steps of so many positions
+PIECE = 512  # slots that a generated row sums by themselves, from the first of a segment on
 FLOATS = {"e": "F16", "f": "F32"}
 
 

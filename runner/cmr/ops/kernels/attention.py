@@ -7,12 +7,12 @@ Gimelshein 2018; Dao et al. 2022). Pieces and tiles begin at fixed slots, so tha
 sees.
 """
 
+from ..records import PIECE
 from .emit import TARGET, emitter
 from .rows import tanh
 from .stored import span, unpack
 from .vector import F32, I32, I64, const, fill
 
-PIECE = 512
 TILE = 64
 GEMM_ROWS = 6 if TARGET.wide else 2
 NEVER = float("-inf")

@@ -1,0 +1,149 @@
+"""kv-quant: the bytes, what they cost in divergence, rotation where channels stick out, and beside other plugins."""
+
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+from tests.beside import BESIDE, PROMPTS, TINY, alone, beside, tiny
+from tests.ggufs import Blocks, write_gguf
+
+import cmr
+from cmr import PluginError, Session
+from cmr.eval import divergence_at_depth
+from cmr.eval.following import written_text
+from cmr.gguf_file import open_gguf
+from cmr.plan import explain
+from cmr.testing import CacheLaws, check
+
+# The most that each may cost at 128, 512 and 900 tokens: mean KL to f16 keys and values. Seen was half of it or less.
+COSTS = {
+    "bits=8": 5e-4,
+    "k=q8_0,v=q4_0": 4e-3,
+    "bits=5": 3e-3,
+    "k=q5_1,v=q5_1": 3e-3,
+    "bits=4": 1e-2,
+    "k=iq4_nl,v=iq4_nl": 1e-2,
+    "bits=4,recent=64": 2e-3,
+    "bits=2": 0.3,
+}
+BITS = {"bits=8": 8.5, "k=q8_0,v=q4_0": 6.5, "bits=5": 5.5, "bits=4": 4.5, "bits=2": 3.0, "k=q8_0": 12.25}
+
+
+@pytest.fixture(scope="module")
+def text():
+    with Session.open(tiny(), []) as session:
+        return written_text(session, 1000)
+
+
+@pytest.mark.parametrize("options", COSTS)
+def test_what_it_costs(options, text):
+    for depth in (128, 512, 900):
+        found = divergence_at_depth(tiny(), [f"kv-quant:{options}"], text, depth, 32)
+        assert 0 < found.divergence.mean < COSTS[options], depth
+        assert found.divergence.same_top > (0.7 if "2" in options else 0.85)
+
+
+@pytest.mark.parametrize(("options", "bits"), BITS.items())
+def test_bytes_are_those_of_the_types_and_as_foretold(options, bits):
+    session = Session.open(tiny(), [f"kv-quant:{options}"])
+    memory, model = session.plan.memory, tiny()
+    values = sum(
+        kv_heads * (dim + dim_v) for kv_heads, dim, dim_v in map(model.config.kv_shape, range(model.n_layers))
+    )
+    assert memory.kv_token == values * bits / 8 + 4 * model.n_layers
+    seq = session.add(session.request([1] * 1000, max_tokens=23, ignore_eos=True))
+    while seq.stop is None:
+        session.step()
+        held = sum(cache.nbytes for cache in seq.caches)
+    assert memory.kv == pytest.approx(held, rel=0.05)
+
+
+def test_recent_tokens_are_foretold_too():
+    session = Session.open(tiny(), ["kv-quant:bits=4,recent=128"])
+    seq = session.add(session.request([1] * 1000, max_tokens=23, ignore_eos=True))
+    while seq.stop is None:
+        session.step()
+        held = sum(cache.nbytes for cache in seq.caches)
+    assert session.plan.memory.kv == pytest.approx(held, rel=0.1)
+    assert "KV" in "\n".join(explain(session.plan))
+
+
+def planted(path, size):
+    """The bundled model with a pair of key channels of each head times `size`, and the queries' divided by it."""
+    with open_gguf(TINY) as file:
+        tensors = {
+            name: Blocks(tensor.type, tensor.shape, tensor.data.tobytes())
+            for name, tensor in file.tensors.items()
+        }
+        config = tiny().config
+        dim = config.head_dim
+        pair = [0, dim // 2] if config.rope[0].pairing == "neox" else [2, 3]
+        for name, tensor in file.tensors.items():
+            part = name.split(".")[-2]
+            if part in ("attn_q", "attn_k"):
+                rows = dequantize(tensor.data.reshape(tensor.shape[0], -1), tensor.type)
+                scale = np.ones(dim, np.float32)
+                scale[pair] = size if part == "attn_k" else 1 / size
+                tensors[name] = rows * np.tile(scale, len(rows) // dim)[:, None]
+        return write_gguf(path, file.metadata, tensors)
+
+
+def cost(model, options, tokens):
+    return divergence_at_depth(model, [f"kv-quant:{options}"], tokens, 200, 48).divergence.mean
+
+
+def test_rotation_rescues_keys_with_channels_that_stick_out(tmp_path, text):
+    costs = {}
+    for size in (1, 8, 64):
+        model = cmr.open_model(planted(tmp_path / f"{size}.gguf", size), threads=1)
+        if size == 1:
+            plain = model.logits(text[:50]).copy()
+        np.testing.assert_allclose(model.logits(text[:50]), plain, atol=0.05)  # the same function
+        costs[size] = [cost(model, f"k=q4_0,v=q8_0,rotate={rotate}", text) for rotate in ("false", "true")]
+        model.close()
+    bare, turned = zip(*costs.values())
+    assert bare[2] > 10 * bare[0] and bare[2] > 5 * turned[2], costs
+
+
+@pytest.mark.parametrize("options", ["bits=8", "bits=4,recent=70"])
+@pytest.mark.parametrize("other", BESIDE)
+def test_beside_other_plugins_it_gives_what_it_gives_alone(options, other):
+    plugins = [f"kv-quant:{options}"]
+    if other == "prefix-cache" and "recent" in options:
+        with pytest.raises(PluginError, match="prefix-cache cannot divide what .* \\(kv-quant\\) keeps"):
+            beside(other, plugins)
+    else:
+        assert beside(other, plugins, PROMPTS[1:]) == alone(plugins, PROMPTS[1:])
+
+
+@pytest.mark.parametrize("options", ["bits=8", "k=q5_1,v=q4_0", "bits=4,recent=64"])
+def test_contracts(options):
+    check(f"kv-quant:{options}")
+    session = Session.open(tiny(), [f"kv-quant:{options}"])
+    CacheLaws(session.plan.caches[0], tolerance=0.25).check()
+
+
+def test_keys_with_fewer_bits_than_values_are_warned_of(capsys):
+    Session.open(tiny(), ["kv-quant:k=q4_0,v=q8_0"])
+    assert "keys need more bits" in capsys.readouterr().err
+    Session.open(tiny(), ["kv-quant:k=q8_0,v=q4_0"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("bits=3", "bits is one of 2, 4, 5, 8, 16, not 3"),
+        ("k=q7", "there is no type q7; there are: f16, q8_0"),
+        ("recent=-1", "recent is a number of tokens"),
+    ],
+)
+def test_options_that_are_not_there(options, message):
+    with pytest.raises(PluginError, match=message):
+        Session.open(tiny(), [f"kv-quant:{options}"])
+
+
+def test_heads_that_do_not_fit_are_named():
+    from tests.toy import MODEL
+
+    with pytest.raises(PluginError, match="blocks of 32"):
+        Session.open(MODEL, ["kv-quant:bits=8"])

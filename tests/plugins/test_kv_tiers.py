@@ -1,0 +1,113 @@
+"""kv-tiers: the forms by age, their bytes, what they cost in divergence, and beside other plugins."""
+
+import numpy as np
+import pytest
+from tests.beside import BESIDE, PROMPTS, alone, beside, tiny
+from tests.toy import MODEL
+
+from cmr import PluginError, Session, hookimpl
+from cmr.eval import divergence_at_depth
+from cmr.eval.following import written_text
+from cmr.testing import check
+
+STEEP = "kv-tiers:f16=64,q8=192"  # all three forms within a short text
+
+
+def running(options, tokens, n):
+    """A sequence of n tokens in a session with the plugin."""
+    session = Session.open(tiny(), [options])
+    seq = session.add(session.request(tokens, max_tokens=n - len(tokens) + 1, ignore_eos=True))
+    while seq.stop is None:
+        session.step()
+        held = seq.caches
+    return session, held
+
+
+@pytest.fixture(scope="module")
+def text():
+    with Session.open(tiny(), []) as session:
+        return written_text(session, 1000)
+
+
+def test_tokens_have_the_form_of_their_age(text):
+    _, caches = running(STEEP + ",sinks=3", text[:500], 600)
+    for cache in caches:
+        newest, bytes_, nibbles = cache.stores
+        assert newest.k[0].dtype == np.float16 and {bytes_.k_type, nibbles.v_type} == {"Q8_0", "Q4_0"}
+        assert newest.positions.tolist() == list(range(512, 600))
+        assert bytes_.positions.tolist() == list(range(384, 512))
+        assert nibbles.positions.tolist() == list(range(512))
+        assert cache.pinned.positions.tolist() == [0, 1, 2]
+        assert cache.positions.tolist() == list(range(600))
+
+
+def test_memory_is_foretold_and_smaller(text):
+    for options in ("kv-tiers:f16=64,q8=256", "kv-tiers:f16=64,q8=0", "kv-tiers:f16=64,q8=128,q4=512"):
+        session, caches = running(options, text[:1000], 1023)
+        held, plain = sum(cache.nbytes for cache in caches), 1024 * (2 * 2 * 2 * 64 + 4) * tiny().n_layers
+        assert session.plan.memory.kv == pytest.approx(held, rel=0.05)
+        assert held < 0.7 * plain
+
+
+def test_what_is_beyond_the_last_tier_is_evicted(text):
+    _, caches = running("kv-tiers:f16=64,q8=128,q4=300,sinks=4", text[:800], 900)
+    for cache in caches:
+        assert cache.positions.tolist() == [0, 1, 2, 3, *range((899 - 300) // 64 * 64, 900)]
+
+
+def test_it_costs_less_than_four_bits_for_all(text):
+    for depth in (512, 900):
+        tiers, all_of_it = (
+            divergence_at_depth(tiny(), [options], text, depth, 48).divergence.mean
+            for options in ("kv-tiers:f16=64,q8=256", "kv-quant:bits=4")
+        )
+        assert tiers < 0.6 * all_of_it, depth
+
+
+@pytest.mark.parametrize("options", [STEEP, "kv-tiers:f16=64,q8=128,q4=192"])
+@pytest.mark.parametrize("other", BESIDE)
+def test_beside_other_plugins_it_gives_what_it_gives_alone(options, other):
+    if other == "prefix-cache":
+        with pytest.raises(PluginError, match="prefix-cache cannot divide what .* \\(kv-tiers\\) keeps"):
+            beside(other, [options])
+    else:
+        assert beside(other, [options], PROMPTS[1:]) == alone([options], PROMPTS[1:])
+
+
+def test_recorded_steps_give_the_same_bits(text, monkeypatch):
+    rows, model = [], tiny()
+    for replays in (True, False):
+        monkeypatch.setattr(model.ops, "replays", replays, raising=False)
+        seen = []
+        with Session.open(model, [STEEP, Keeps(seen)]) as session:
+            list(session.generate(session.request(text[:150], max_tokens=150, ignore_eos=True, temp=0.0)))
+        rows.append(np.concatenate(seen))
+    np.testing.assert_array_equal(*rows)
+
+
+class Keeps:
+    """A plugin that keeps all logits."""
+
+    exact = True
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    @hookimpl
+    def on_logits(self, seq, draft, logits):
+        self.rows.append(logits.copy())
+
+
+def test_contracts():
+    check("kv-tiers")
+
+
+@pytest.mark.parametrize("options", ["f16=0", "f16=100,q8=100", "q8=500,q4=400", "sinks=-1"])
+def test_tiers_that_are_in_no_order_are_refused(options):
+    with pytest.raises(PluginError, match="further back"):
+        Session.open(tiny(), [f"kv-tiers:{options}"])
+
+
+def test_heads_that_do_not_fit_are_named():
+    with pytest.raises(PluginError, match="blocks of 32"):
+        Session.open(MODEL, ["kv-tiers"])
