@@ -27,6 +27,7 @@ BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
     "batching": "cmr_plugins.batching:Batching",
     "budget": "cmr_plugins.budget:Budget",
+    "kv-evict": "cmr_plugins.kv_evict:KvEvict",
     "kv-quant": "cmr_plugins.kv_quant:KvQuant",
     "kv-tiers": "cmr_plugins.kv_tiers:KvTiers",
     "layer-stream": "cmr_plugins.layer_stream:LayerStream",
