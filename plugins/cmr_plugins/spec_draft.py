@@ -11,7 +11,7 @@ import numpy as np
 
 import cmr
 from cmr import PluginError, hookimpl, plugin
-from cmr_plugins.speculation import DEPTHS, Pace, rows_of
+from cmr_plugins.speculation import DEPTHS, Drafter, Pace, rows_of
 
 START = 8.0  # plain tokens that the first drafts, and reading the prompt once more, may lose
 PRIOR, MEMORY = 0.75, 0.95
@@ -50,7 +50,7 @@ class Shadow:
 
 
 @plugin
-class SpecDraft:
+class SpecDraft(Drafter):
     """Draft with a second GGUF of the same vocabulary, as deep as it pays."""
 
     exact = True
@@ -67,7 +67,6 @@ class SpecDraft:
         self.small: Any = None
         self.pace = Pace(START)
         self.each = self.reading = 0.0  # seconds of a drafted token, and of a token that is only read
-        self.drafts = self.drafted = self.accepted = 0
         self.seconds = 0.0
 
     @hookimpl
@@ -200,23 +199,6 @@ class SpecDraft:
         return rows[-1]
 
     @hookimpl
-    def on_step(self, step: Any) -> None:
-        """Learn what steps cost and what drafts gave."""
-        self.pace.on_step(step)
-        if len(step.tokens) > len(step.parts) and not step.n_prompt:
-            for part in step.parts:
-                self.drafts += bool(part.draft)
-                self.drafted += len(part.draft)
-                self.accepted += max(0, len(part.accepted) - 1)
-
-    @hookimpl
     def report(self) -> dict[str, Any]:
-        """Return drafts, tokens drafted and accepted, the draft model's seconds, and what steps of rows cost."""
-        costs = {str(rows): round(self.pace.ratio(rows), 2) for rows in self.pace.ratios}
-        return {
-            "drafts": self.drafts,
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "seconds": round(self.seconds, 3),
-            "costs": costs,
-        }
+        """Return what drafters report, and the seconds that the draft model took."""
+        return Drafter.report(self) | {"seconds": round(self.seconds, 3)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from cmr import hookimpl, plugin
-from cmr_plugins.speculation import DEPTHS, Choice, Pace
+from cmr_plugins.speculation import DEPTHS, Choice, Drafter, Pace
 
 # How often the next token is right, by the length of the match, before a text has shown it.
 CHANCES = (0.4, 0.5, 0.65, 0.75, 0.85, 0.93)
@@ -75,7 +75,7 @@ class Matches:
 
 
 @plugin
-class SpecLookup:
+class SpecLookup(Drafter):
     """Draft by copying what followed the same tokens before, as deep as it pays."""
 
     exact = True
@@ -87,7 +87,6 @@ class SpecLookup:
         if self.ngram < 1 or not 1 <= self.depth <= DEPTHS[-1] or self.gain < 0:
             raise ValueError(f"ngram is at least 1, depth 1 to {DEPTHS[-1]}, gain at least 0")
         self.pace = Pace(START)
-        self.drafts = self.drafted = self.accepted = 0
 
     @hookimpl
     def drafter(self) -> SpecLookup:
@@ -127,22 +126,6 @@ class SpecLookup:
                 pace.measure(self.session.model, self.session.plan)
                 choices = matches.memo[level] = pace.choices(matches.ahead()[: self.depth], self.gain)
         return next((choice.depth for choice in choices if choice.risk <= pace.room), 0)
-
-    @hookimpl
-    def on_step(self, step: Any) -> None:
-        """Learn what steps cost and what drafts gave."""
-        self.pace.on_step(step)
-        if len(step.tokens) > len(step.parts) and not step.n_prompt:
-            for part in step.parts:
-                self.drafts += bool(part.draft)
-                self.drafted += len(part.draft)
-                self.accepted += max(0, len(part.accepted) - 1)
-
-    @hookimpl
-    def report(self) -> dict[str, Any]:
-        """Return drafts, tokens drafted and accepted, and what steps of several rows cost against one."""
-        costs = {str(rows): round(self.pace.ratio(rows), 2) for rows in self.pace.ratios}
-        return {"drafts": self.drafts, "drafted": self.drafted, "accepted": self.accepted, "costs": costs}
 
 
 def _alike(tokens: list[int], place: int, end: int, n: int) -> int:

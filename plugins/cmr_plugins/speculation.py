@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Few depths, so that steps of one shape follow each other and can be replayed; rows in fours read weights once.
+from cmr import hookimpl
+
+# Few depths, as each shape of a step is recorded once; rows in eights read weights once.
 DEPTHS = (1, 3, 7, 15)
 # Seconds of a step with so many rows against one row, until they are measured here.
-GRID = {1: 1.0, 2: 1.3, 4: 2.2, 8: 3.6, 16: 7.0}
+GRID = {1: 1.0, 2: 1.2, 4: 1.8, 8: 2.9, 16: 5.6}
 SHARE = 0.015  # of plain speed that drafts may cost where they fail
 CREDIT = 12.0  # plain tokens of earlier gain that may be risked
-SETTLE = 2  # plain steps behind a draft that are slower, because steps of another shape came between
+TIMES = 3  # the first step of a shape is recorded, later ones run from that
 MEASURE_SECONDS = 0.15
 
 
@@ -37,7 +39,7 @@ class Pace:
     """
 
     def __init__(self, start: float) -> None:
-        self.room, self.parts, self.settling, self.measured = start, 1, 0, False
+        self.room, self.parts, self.measured = start, 1, False
         self.extra = 0.0  # seconds spent on drafting since the last step
         self.ratios = dict(GRID)
         self.times: dict[int, deque[float]] = {1: deque(maxlen=8)}
@@ -46,12 +48,12 @@ class Pace:
         """Time steps of up to 8 rows through one layer, with caches of their own: a few plain tokens' time."""
         self.measured = True
         probe = _Probe(model, plan)
-        one, left = min(probe.seconds(1) for _ in range(2)), MEASURE_SECONDS
+        one, left = probe.seconds(1), MEASURE_SECONDS
         for rows in (2, 4, 8):
-            if 2 * one * self.ratios[rows] > left:
+            if TIMES * one * self.ratios[rows] > left:
                 return
-            found = min(probe.seconds(rows) for _ in range(2))
-            left -= 2 * found
+            found = probe.seconds(rows)
+            left -= TIMES * found
             # Hope costs little, as the account ends it; a disturbed measurement would stop drafts for good.
             self.ratios[rows] = min(max(1.0, found / one), 1.2 * GRID[rows])
         self.ratios[16] = 2 * self.ratios[8]
@@ -107,8 +109,8 @@ class Pace:
             return
         rows, self.parts = len(step.tokens), len(step.parts)
         drafted = rows > self.parts
-        if drafted or self.settling or self.extra:
-            self._account(step, rows, drafted)
+        if drafted or self.extra:
+            self._account(step, rows)
         else:
             self.room = min(CREDIT, self.room + SHARE)
         seen = self.times.get(rows)
@@ -116,9 +118,8 @@ class Pace:
             seen = self.times[rows] = deque(maxlen=8)
         seen.append(step.seconds)
 
-    def _account(self, step: Any, rows: int, drafted: bool) -> None:
+    def _account(self, step: Any, rows: int) -> None:
         """Add what a step gained or lost; one that was disturbed counts as twice its usual time."""
-        self.settling = SETTLE if drafted else max(0, self.settling - 1)
         spent, self.extra = self.extra, 0.0
         if not self.ready:
             return
@@ -128,6 +129,29 @@ class Pace:
         self.room = max(-CREDIT, min(CREDIT, room))
 
 
+class Drafter:
+    """What drafters that mind their pace share: the account of steps, and the session's figures."""
+
+    pace: Pace
+    drafts = drafted = accepted = 0
+
+    @hookimpl
+    def on_step(self, step: Any) -> None:
+        """Learn what steps cost and what drafts gave."""
+        self.pace.on_step(step)
+        if len(step.tokens) > len(step.parts) and not step.n_prompt:
+            for part in step.parts:
+                self.drafts += bool(part.draft)
+                self.drafted += len(part.draft)
+                self.accepted += max(0, len(part.accepted) - 1)
+
+    @hookimpl
+    def report(self) -> dict[str, Any]:
+        """Return drafts, tokens drafted and accepted, and what steps of several rows cost against one."""
+        costs = {str(rows): round(self.pace.ratio(rows), 2) for rows in self.pace.ratios}
+        return {"drafts": self.drafts, "drafted": self.drafted, "accepted": self.accepted, "costs": costs}
+
+
 class _Probe:
     """Steps of a sequence of its own, without plugins that look on and without logits."""
 
@@ -135,15 +159,19 @@ class _Probe:
         self.model = model
         self.plan = replace(plan, on_attention=(), on_layer=(), layers=plan.layers[:1])
         self.seq = SimpleNamespace(caches=[make() for make in plan.caches], tokens=[0] * 16)
+        self._step(0, 1)
 
     def seconds(self, rows: int) -> float:
-        """Time one step of so many generated rows through the first layer of the plan."""
-        part = rows_of(self.seq, [0] * rows, 0, prompt=False, want=0)
+        """Time a step of so many generated rows through the first layer of the plan."""
+        return min(self._step(1, rows) for _ in range(TIMES))
+
+    def _step(self, start: int, rows: int) -> float:
+        step = rows_of(self.seq, [0] * rows, start, prompt=False, want=0)
         began = perf_counter()
-        self.model.forward(self.plan, part)
+        self.model.forward(self.plan, step)
         took = perf_counter() - began
-        for cache in self.seq.caches:
-            cache.rollback(0)
+        for layer in self.plan.layers:
+            self.seq.caches[layer].rollback(1)
         return took
 
 

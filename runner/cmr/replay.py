@@ -12,7 +12,7 @@ from cmr.ops.program import ANY
 
 KEPT = 16  # recorded steps of different shapes, the least recently used of which goes
 PATIENCE = 2  # runs in a row that a call's answer may end early until the step is recorded anew
-UNSEEN, SEEN, NEVER = object(), object(), object()
+NEVER = object()  # stands for a step that does more than can be recorded
 
 
 class Store(NamedTuple):
@@ -65,7 +65,7 @@ class Recording:
 class Replay:
     """Records a plan's latest decoding steps of different shapes, and runs steps of these shapes from that.
 
-    A step is recorded when its shape is seen a second time. Prompts go the ordinary way.
+    The first step of a shape is recorded. Prompts go the ordinary way.
     """
 
     def __init__(self, ops: Any) -> None:
@@ -73,7 +73,7 @@ class Replay:
         self._recording: Recording | None = None
 
     def run(self, plan: Any, step: Any, addresses: tuple[int, ...], body: Callable[[int], None]) -> None:
-        """Run a step's layers and logits as recorded, or by body(0), which may be recorded.
+        """Run a step's layers and logits as recorded, or by body(0), which is recorded where that can be.
 
         body(place) goes on the ordinary way from a place of plan.layers, or with the logits behind the last.
         """
@@ -82,15 +82,15 @@ class Replay:
             body(0)
             return
         latest = plan.recorded
-        known = latest.pop(shape, UNSEEN)
-        if isinstance(known, Recording):
-            known = self._again(known, step, body)
-        elif known is SEEN:
+        known = latest.pop(shape, None)
+        if known is None:
             known = self._record(body)
-        else:
+        elif known is NEVER:
             body(0)
-            known = SEEN if known is UNSEEN else known
-        latest[shape] = known
+        else:
+            known = self._again(known, step, body)
+        if known is not None:
+            latest[shape] = known
         if len(latest) > KEPT:
             del latest[next(iter(latest))]
 
@@ -98,12 +98,13 @@ class Replay:
         """What must be the same for a step to be run again; None for steps that are not recorded."""
         if step.n_prompt or not self.ops.replays:
             return None
-        first, shape = plan.layers[0], [*addresses]
+        wanted, first = 0, plan.layers[0]
+        shape = list(addresses)
         for part in step.parts:
-            if part.want != len(part.tokens):
-                return None
-            shape += part.want, id(part.seq.caches[first])
-        return tuple(shape)
+            wanted += part.want
+            shape += len(part.tokens), id(part.seq.caches[first])
+        # Where only some rows' logits are wanted, rows are copied, which is no job.
+        return (wanted, *shape) if wanted in (0, len(step.tokens)) else None
 
     def _record(self, body: Callable[[int], None]) -> Any:
         """Run a step the ordinary way, and return what runs it again."""
@@ -114,10 +115,8 @@ class Replay:
         finally:
             self._recording = None
         recording.cut(None, (), None)
-        if not program.whole:
-            return NEVER
         recording.seal()
-        return recording
+        return NEVER if not program.whole else recording if program.settled else None
 
     def _again(self, recording: Recording, step: Any, body: Callable[[int], None]) -> Any:
         """Run a recorded step, which is recorded anew if it is not good any more; what to run the next time."""
@@ -130,7 +129,7 @@ class Replay:
             return recording
         body(place)
         recording.left += 1
-        return recording if recording.left < PATIENCE else SEEN
+        return recording if recording.left < PATIENCE else None
 
     def _play(self, recording: Recording, step: Any, caches: list[Any]) -> int | None:
         """Run a recorded step; the place of a layer from which on it cannot be, or None."""

@@ -11,7 +11,7 @@ from tests.toy import MODEL, Drafts, answer, run
 
 from cmr import PluginError, Session, hookimpl
 from cmr.testing import ToyModel
-from cmr_plugins.speculation import DEPTHS, SHARE, Pace
+from cmr_plugins.speculation import DEPTHS, GRID, SHARE, Pace
 
 COSTS = {1: 1.0, 2: 1.3, 4: 2.1, 8: 3.3, 16: 6.5}
 
@@ -77,7 +77,7 @@ def test_in_a_batch_a_draft_is_weighed_against_the_rows_of_all():
     assert batch.speed == pytest.approx(1.9 / (6.5 / 3.3)) and batch.risk == pytest.approx(
         8 * (6.5 / 3.3 - 1)
     )
-    assert single.speed == pytest.approx(1.9 / 1.3) and single.risk == pytest.approx(0.3)
+    assert single.speed == pytest.approx(1.9 / GRID[2]) and single.risk == pytest.approx(GRID[2] - 1)
 
 
 def test_a_step_that_was_disturbed_does_not_end_drafting():

@@ -143,7 +143,7 @@ class Launcher:
             yield program
             program.seal(self._pool.control)
             program.kept.append(before)
-            program.whole = program.whole and all(a is b for a, b in zip(before, self._scratch()))
+            program.settled = all(a is b for a, b in zip(before, self._scratch()))
         finally:
             self._program = None
 

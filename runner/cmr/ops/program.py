@@ -29,7 +29,8 @@ class Program:
 
     `firsts` and `counts` are the fields that hold the first slot to write and the slots in use after that, in
     order. The cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions
-    at most; `whole` tells whether the jobs are all that was done. `kept` is what must not be freed.
+    at most. `whole` tells whether the jobs are all that was done, `settled` whether all used the scratch memory
+    that there was at the start; `kept` is what must not be freed.
     """
 
     jobs: list[tuple[int, tuple[int, ...], int, int]] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Program:
     limit: int = ANY
     positions: int = ANY
     whole: bool = True
+    settled: bool = True
     kept: list[Any] = field(default_factory=list)
     size: int = 0
 
