@@ -27,6 +27,7 @@ BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
     "batching": "cmr_plugins.batching:Batching",
     "budget": "cmr_plugins.budget:Budget",
+    "context": "cmr_plugins.context:Context",
     "kv-evict": "cmr_plugins.kv_evict:KvEvict",
     "kv-quant": "cmr_plugins.kv_quant:KvQuant",
     "kv-tiers": "cmr_plugins.kv_tiers:KvTiers",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from cmr import AttnRule, PluginError, hookimpl, plugin
+from cmr import AttnRule, LayerCache, PluginError, hookimpl, plugin
 from cmr_plugins.kv_evict.borders import Borders, Bounded
 from cmr_plugins.kv_evict.budgets import by_layer
 from cmr_plugins.kv_evict.held import Held
@@ -76,6 +76,13 @@ class KvEvict:
                     f"kv-evict: a budget of {self.budget} leaves layer {layer} {limit} tokens; with sinks, recent, "
                     f"every and chunk it needs {least}"
                 )
+            cache, owner = plan.caches[layer](), plan.owners["kv_cache"][layer]
+            if not isinstance(cache, LayerCache):
+                raise PluginError(
+                    f"kv-evict cannot cut the caches of {owner}, which have an order of their own"
+                )
+            if self.heads and type(cache).attend is not LayerCache.attend:
+                raise PluginError(f"kv-evict with heads cannot run beside {owner}; leave heads out")
             ruled = isinstance(getattr(plan.attend[layer], "__self__", None), AttnRule)
             if self.heads and not ruled:
                 raise PluginError(
