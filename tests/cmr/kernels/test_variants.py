@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.cmr.kernels.cases import distance
 
+from cmr.errors import ModelError
 from cmr.ops.kernels.target import _NEEDS as NEEDS
 from cmr.ops.kernels.target import VARIANTS, detect, features
 
@@ -165,14 +166,20 @@ def test_what_the_user_allows_numba_is_what_kernels_use(chosen):
     assert chosen(NUMBA_CPU_FEATURES="+sse4.2,+avx") == ("plain", None)
     haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
     assert chosen(**haswell) == ("avx2", "haswell")
-    assert chosen(**haswell, CMR_CPU="avx512vnni") == ("avx2", "haswell")
+    with pytest.raises(ModelError, match="CMR_CPU is 'avx512vnni', which this processor cannot run"):
+        chosen(**haswell, CMR_CPU="avx512vnni")
     assert chosen(**haswell, CMR_CPU="plain")[0] == "plain"
 
 
 def test_the_best_variant_is_chosen(chosen):
     assert chosen() == (BEST, None)
-    for variant in VARIANTS:
-        assert chosen(CMR_CPU=variant)[0] == (variant if able(variant) else BEST)
+    for variant in filter(able, VARIANTS):
+        assert chosen(CMR_CPU=variant)[0] == variant
+
+
+def test_a_variant_that_does_not_exist_is_refused(chosen):
+    with pytest.raises(ModelError, match="CMR_CPU is 'sse9', which is no variant .* there are here: .*plain"):
+        chosen(CMR_CPU="sse9")
 
 
 GENERIC = "from cmr.ops.kernels.emit import TARGET; import cmr.ops.kernels.compiler\nprint(TARGET.variant)"

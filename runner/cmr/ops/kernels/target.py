@@ -5,6 +5,8 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from cmr.errors import ModelError
+
 VARIANTS = ("avx512vnni", "avx512", "avxvnni", "avx2", "plain")
 _NEEDS = {
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "f16c", "fma"),
@@ -62,17 +64,22 @@ def features():
 
 
 def detect():
-    """Choose the best variant, or the one named by CMR_CPU, and hold numba's code generator to it."""
+    """Choose the best variant, or the one named by CMR_CPU, and hold numba's code generator to it.
+
+    Raises ModelError where CMR_CPU names none, or one that this processor cannot run.
+    """
     x86 = platform.machine().lower() in ("x86_64", "amd64", "x64")
-    if not x86:
-        return Target("plain", False)
-    has = features()
+    has = features() if x86 else set()
     able = [name for name in VARIANTS if has.issuperset(_NEEDS[name])]
-    wanted = os.environ.get("CMR_CPU", "")
-    if wanted in able and wanted != able[0]:
+    wanted = os.environ.get("CMR_CPU") or able[0]
+    if wanted not in able:
+        lack = (
+            "which this processor cannot run" if wanted in VARIANTS else "which is no variant of the kernels"
+        )
+        raise ModelError(f"CMR_CPU is {wanted!r}, {lack}; there are here: {', '.join(able)}")
+    if wanted != able[0]:
         _restrict(wanted)
-        able = [wanted]
-    return Target(able[0], True)
+    return Target(wanted, x86)
 
 
 def _restrict(variant):
