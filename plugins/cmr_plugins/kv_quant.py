@@ -18,7 +18,9 @@ BLOCK = 32
 class KvQuant:
     """Store keys and values in 8 to 2 bits, rotated where that helps, and recent tokens as f16 if wanted.
 
-    Rotation by a Hadamard matrix is that of QuaRot (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456).
+    Rotation by a Hadamard matrix is that of QuaRot (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456). q2 has
+    scales for each channel of 32 tokens of keys, and for 32 channels of each token of values, as KIVI (Liu et al.
+    2024, https://arxiv.org/abs/2402.02750): 1 to 64 recent tokens wait in f16 to be packed together.
     """
 
     exact = False
@@ -50,8 +52,11 @@ class KvQuant:
                 raise PluginError(
                     f"kv-quant packs blocks of {BLOCK} values, and the {what} of layer {layer} have {dim}; f16 works"
                 )
-        turned = dict(zip(("turned_k", "turned_v"), map(self._turned, self.types, dims)))
+        turned = dict(zip(("turned_k", "turned_v"), map(self._turned, self.types, dims, (True, False))))
         k, v = self.types
+        if k == "q2":
+            tiers = (Tier(max(1, self.recent)), Tier(0, "Q2C", v))
+            return TieredCache.factory(model, layer, tiers=tiers, **turned)
         if not self.recent:
             return LayerCache.factory(model, layer, k_type=k, v_type=v, **turned)
         return TieredCache.factory(model, layer, tiers=(Tier(self.recent), Tier(0, k, v)), **turned)
@@ -65,11 +70,13 @@ class KvQuant:
                 f"kv-quant: keys in {k} beside values in {v}; keys need more bits than values do\n"
             )
 
-    def _turned(self, type: str, dim: int) -> bool:
-        """Whether heads of this size are rotated for this type."""
+    def _turned(self, type: str, dim: int, keys: bool) -> bool:
+        """Whether heads of this size are rotated for this type: not keys with a scale for each channel."""
         power = dim >= 16 and dim & (dim - 1) == 0
         if self.rotate and type != "f16" and not power:
             raise PluginError(
                 f"kv-quant cannot rotate heads of {dim}: that needs a power of two; rotate=false works"
             )
+        if keys and type == "q2":
+            return bool(self.rotate)
         return power and (BITS[type] < 8 if self.rotate is None else self.rotate and type != "f16")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.evidence import BLOCK, KINDS, UNIT, Noted
-from cmr.ops.pack import FLOATS, PACKED, can_turn, pack, turn, unpack
+from cmr.ops.pack import FLOATS, GROUP, GROUPED, PACKED, can_turn, pack, stored, turn, unpack
 from cmr.ops.records import FLOATS as TYPES
 from cmr.ops.records import Segment
 
@@ -208,6 +208,7 @@ class LayerCache:
         """Evict all slots but those with these increasing indices, and free the memory they took."""
         self._refuse_ragged("keep(slots)", "keep_heads(lists)")
         slots = _checked(slots, self.used)
+        self._need_groups(slots)
         self._evicting(len(slots) < self.used)
         self._rebuild(len(slots), lambda a: a[:, slots])
         self.used = len(slots)
@@ -221,6 +222,8 @@ class LayerCache:
         counts = np.array([len(s) for s in chosen], np.int32)
         self._evicting(bool((counts < self.used).any()))
         index = np.zeros((self.kv_heads, int(counts.max())), np.intp)
+        for s in chosen:
+            self._need_groups(s)
         for head, s in enumerate(chosen):
             index[head, : len(s)] = s
         heads = np.arange(self.kv_heads)[:, None]
@@ -294,6 +297,10 @@ class LayerCache:
 
     def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """One row of zeros as encode stores it: what K and V are made of."""
+        if self._plain:
+            rows = (stored(*row) for row in ((self.k_type, self.dim), (self.v_type, self.dim_v)))
+            k, v = (np.zeros((self.kv_heads, 1, count), dtype) for count, dtype in rows)
+            return (k,), (v,)
         k, v = (np.zeros((self.kv_heads, 1, dim), np.float32) for dim in (self.dim, self.dim_v))
         return self.encode(k, True), self.encode(v, False)
 
@@ -303,9 +310,9 @@ class LayerCache:
             (self.k_type, self.turned_k, self.dim),
             (self.v_type, self.turned_v, self.dim_v),
         ):
-            if type not in FLOATS and type not in PACKED:
+            if type not in FLOATS and type not in PACKED and (type not in GROUPED or dim != self.dim):
                 raise ValueError(f"no cache stores {type}; there are: {', '.join([*FLOATS, *PACKED])}")
-            if type in PACKED and dim % 32:
+            if type not in FLOATS and dim % 32:
                 raise ValueError(f"{type} takes heads of whole blocks of 32 values, and these have {dim}")
             if turned and not can_turn(dim):
                 raise ValueError(f"heads of {dim} cannot be rotated: that needs a power of two from 16 on")
@@ -374,6 +381,13 @@ class LayerCache:
         if self.noted is not None:
             for head, sums in enumerate(self.noted.sums):
                 sums[len(self.head_positions(head)) :] = 0
+
+    def _need_groups(self, slots: np.ndarray) -> None:
+        """Refuse to tear groups of tokens that are packed together."""
+        if self.k_type in GROUPED and (len(slots) % GROUP or (slots[::GROUP] % GROUP).any()):
+            raise ValueError(
+                f"keys in {self.k_type} are packed in groups of {GROUP} tokens, which cannot be torn"
+            )
 
     def _refuse_ragged(self, what: str, instead: str) -> None:
         if self.ragged:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cmr.kvcache import GENERATIONS, AttnRule, LayerCache
-from cmr.ops.pack import FLOATS, turn
+from cmr.ops.pack import FLOATS, GROUP, GROUPED, turn
 from cmr.ops.records import AGES, NO_AGE, PIECE, Segment
 
 NEVER = 1 << 30  # an age that nothing reaches, a position that nothing has
@@ -163,13 +163,17 @@ class TieredCache:
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: AttnRule, out: np.ndarray, prompt: bool) -> None:
         """Write the attention of q, float32 [n, heads, dim] at q_pos, into out [n, heads, dim_v]."""
+        self.ops.attend(q, q_pos, self.segments(), rule, out, prompt)
+
+    def segments(self) -> list[Segment]:
+        """Return what is held as the op table reads it, oldest first."""
         segments = [self._segment(store) for store in self.stores]
         for segment, (low, high) in zip(segments, self._ends()):
             segment.low, segment.high, segment.grows = low, high, segment is segments[0]
         if self.sinks:
             segments.append(self._segment(self.pinned))
             segments[-1].grows = False
-        self.ops.attend(q, q_pos, segments[::-1], rule, out, prompt)
+        return segments[::-1]
 
     def _segment(self, store: LayerCache) -> Segment:
         held = (store.k[0], store.v[0], store.pos, store.used, store.k_type, store.v_type)
@@ -259,11 +263,27 @@ class TieredCache:
 
     def rollback(self, pos: int) -> None:
         """Forget every position from pos on; what is left stays in the form it has."""
+        torn = pos % GROUP if self.stores[-1].k_type in GROUPED and 0 < pos < self._packed else 0
+        if torn:
+            self._unpack(pos - torn, pos)
         for store in (*self.stores, self.pinned):
-            store.rollback(pos)
+            store.rollback(pos - torn if torn and store in self.stores[1:] else pos)
         if pos < self._packed:
-            self._packed = max(0, pos)
+            self._packed = max(0, pos - torn)
             self._changed()
+
+    def _unpack(self, start: int, stop: int) -> None:
+        """Put positions of a group that is about to be torn back into the first tier, as far as they are not there."""
+        newest = self.stores[0]
+        stop = min(stop, int(newest.positions[0]) if newest.used else stop)
+        if start >= stop:
+            return
+        lower = next(store for store in self.stores[1:] if (store.positions == start).any())
+        rows, later = lower.view(), newest.view()
+        some = slice(*np.searchsorted(rows[2], [start, stop]))
+        newest.clear()
+        for k, v, pos in ([a[some] for a in rows], later):
+            newest.append(k, v, pos)
 
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the contents as plain arrays without spare capacity."""

@@ -25,6 +25,8 @@ SETTINGS = {
 }
 EVICTING = {"tiers": (Tier(64), Tier(128, "Q8_0", "Q8_0"), Tier(300, "Q4_0", "Q4_0")), "sinks": 4}
 
+GROUPED = {"tiers": (Tier(1), Tier(0, "Q2C", "Q2"))}
+
 
 @pytest.fixture(scope="module", params=["portable", "cpu"])
 def ops(request):
@@ -44,6 +46,20 @@ def test_the_laws_hold(ops, options):
     CacheLaws(lambda: TieredCache(ops, 2, 32, **options), tolerance=tolerance).check()
 
 
+@pytest.mark.parametrize("until", [1, 70])
+def test_the_laws_hold_for_keys_packed_in_groups_but_they_are_not_torn(ops, until):
+    laws = CacheLaws(
+        lambda: TieredCache(ops, 2, 32, tiers=(Tier(until), Tier(0, "Q2C", "Q4_0"))), tolerance=0.5
+    )
+    laws.grows()
+    laws.rolls_back()
+    laws.restores()
+    for rule in (AttnRule(), AttnRule(window=20, sinks=4)):
+        laws.attends(rule)
+    with pytest.raises(ValueError, match="groups of 32 tokens, which cannot be torn"):
+        laws.filled(300)[0].keep(np.arange(7))
+
+
 def fed(ops, x, sizes, q=None, prompt=True, **options):
     """A cache with rows x [n, heads, dim] appended in pieces, and what each row attends to."""
     cache, start, turn = TieredCache(ops, x.shape[1], x.shape[2], **options), 0, 0
@@ -59,7 +75,7 @@ def fed(ops, x, sizes, q=None, prompt=True, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [SETTINGS["three"], SETTINGS["long window"], SETTINGS["turned"], EVICTING]
+    "options", [SETTINGS["three"], SETTINGS["long window"], SETTINGS["turned"], EVICTING, GROUPED]
 )
 @pytest.mark.parametrize("prompt", [True, False])
 def test_no_chunk_shows(ops, options, prompt):

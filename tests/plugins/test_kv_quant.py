@@ -23,7 +23,8 @@ COSTS = {
     "bits=4": 1e-2,
     "k=iq4_nl,v=iq4_nl": 1e-2,
     "bits=4,recent=64": 2e-3,
-    "bits=2": 0.3,
+    "bits=2": 0.04,
+    "k=q2,v=q4_0,recent=64": 0.015,
 }
 BITS = {"bits=8": 8.5, "k=q8_0,v=q4_0": 6.5, "bits=5": 5.5, "bits=4": 4.5, "bits=2": 3.0, "k=q8_0": 12.25}
 
@@ -91,24 +92,26 @@ def cost(model, options, tokens):
     return divergence_at_depth(model, [f"kv-quant:{options}"], tokens, 200, 48).divergence.mean
 
 
-def test_rotation_rescues_keys_with_channels_that_stick_out(tmp_path, text):
+def test_rotation_and_scales_by_channel_rescue_keys_with_channels_that_stick_out(tmp_path, text):
     costs = {}
     for size in (1, 8, 64):
         model = cmr.open_model(planted(tmp_path / f"{size}.gguf", size), threads=1)
         if size == 1:
             plain = model.logits(text[:50]).copy()
         np.testing.assert_allclose(model.logits(text[:50]), plain, atol=0.05)  # the same function
-        costs[size] = [cost(model, f"k=q4_0,v=q8_0,rotate={rotate}", text) for rotate in ("false", "true")]
+        kinds = ("k=q4_0,v=q8_0,rotate=false", "k=q4_0,v=q8_0", "k=q2,v=q8_0")
+        costs[size] = [cost(model, options, text) for options in kinds]
         model.close()
-    bare, turned = zip(*costs.values())
+    bare, turned, by_channel = zip(*costs.values())
     assert bare[2] > 10 * bare[0] and bare[2] > 5 * turned[2], costs
+    assert by_channel[2] < 1.5 * by_channel[0] and bare[2] > 3 * by_channel[2], costs
 
 
-@pytest.mark.parametrize("options", ["bits=8", "bits=4,recent=70"])
+@pytest.mark.parametrize("options", ["bits=8", "bits=4,recent=70", "bits=2"])
 @pytest.mark.parametrize("other", BESIDE)
 def test_beside_other_plugins_it_gives_what_it_gives_alone(options, other):
     plugins = [f"kv-quant:{options}"]
-    if other == "prefix-cache" and "recent" in options:
+    if other == "prefix-cache" and options != "bits=8":
         with pytest.raises(PluginError, match="prefix-cache cannot divide what .* \\(kv-quant\\) keeps"):
             beside(other, plugins)
     else:
@@ -120,6 +123,15 @@ def test_contracts(options):
     check(f"kv-quant:{options}")
     session = Session.open(tiny(), [f"kv-quant:{options}"])
     CacheLaws(session.plan.caches[0], tolerance=0.25).check()
+
+
+def test_keys_packed_in_groups_are_not_torn():
+    session = Session.open(tiny(), ["kv-quant:bits=2"])
+    seq = session.add(session.request([1] * 300, max_tokens=2))
+    session.step()
+    with pytest.raises(ValueError, match="groups of 32 tokens"):
+        seq.caches[0].keep(np.arange(0, 200, 2))
+    assert not hasattr(seq.caches[0], "keep_heads")
 
 
 def test_keys_with_fewer_bits_than_values_are_warned_of(capsys):

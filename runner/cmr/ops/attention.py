@@ -14,6 +14,7 @@ from cmr.ops.kernels import attend, attention, jobs, noting
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
 from cmr.ops.launcher import Launcher, address_of, float_bits
+from cmr.ops.pack import GROUPED
 from cmr.ops.records import Segment
 
 NO_NOTES = (0,) * len(noting.NOTES)
@@ -78,10 +79,13 @@ class AttentionOps(Launcher):
         pos = np.ascontiguousarray(pos, np.int32)
         places = (address_of(segment.pos), segment.pos_stride, address_of(pos))
         nowhere = (0, 0, 0)
-        k_part = (segment.k, segment.k_type, k_new, segment.turned_k, places)
-        v_part = (segment.v, segment.v_type, v_new, segment.turned_v, nowhere)
+        k_part = (segment.k, segment.k_type, k_new, segment.turned_k, nowhere)
+        v_part = (segment.v, segment.v_type, v_new, segment.turned_v, places)
         for target, type, source, turned, where in (k_part, v_part):
             source = self._turned(source) if turned else source
+            if type in GROUPED:
+                self._store_groups(target, used, source)
+                continue
             fields = (
                 *(address_of(target), target.strides[0], target.strides[1], first, by_head),
                 *(address_of(source), source.strides[0], source.strides[1]),
@@ -90,6 +94,18 @@ class AttentionOps(Launcher):
             start = self._run("store_rows", source.size, fields)
             if self._program is not None:
                 self._program.firsts.append(start + jobs.STORE_ROWS.index("first"))
+
+    def _store_groups(self, target: np.ndarray, first: int, source: np.ndarray) -> None:
+        """Pack whole groups of rows, float32 [n, heads, dim], into slots from `first` on."""
+        if self._program is not None:
+            self._program.whole = False  # where groups go is not foretold
+        n, heads, dim = source.shape
+        fields = (
+            *(address_of(target), target.strides[0], target.strides[1], first),
+            *(address_of(source), source.strides[0], source.strides[1]),
+            *(n, heads, dim, self.kernel("pack_group")),
+        )
+        self._run("store_groups", source.size, fields)
 
     def _turned(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rotate heads, float32 [n, heads, dim], into scratch that the next product may use, or into `out`."""
@@ -133,7 +149,7 @@ class AttentionOps(Launcher):
         tokens = attend.prompt_tokens(group)
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
-            kernels = (f"load_tile:{segment.k_type}:1", f"load_tile:{segment.v_type}:0")
+            kernels = (_reader("load_tile", segment.k_type, "1"), f"load_tile:{segment.v_type}:0")
             fields += self._segment(call, segment, 0, kernels)
         self._run("attend_prompt", call.work, tuple(fields), True, 1)
 
@@ -152,7 +168,7 @@ class AttentionOps(Launcher):
         fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.note_fields(room)]
         for segment, count in zip(call.segments, pieces):
             blocks = value_blocks(dim_v, span(segment.v_type))
-            kernels = (f"scores:{tile}:{segment.k_type}", f"mix:{tile}:{blocks}:{segment.v_type}")
+            kernels = (_reader("scores", segment.k_type, str(tile)), f"mix:{tile}:{blocks}:{segment.v_type}")
             fields += self._segment(call, segment, count, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
@@ -208,6 +224,13 @@ class AttentionOps(Launcher):
         rule = replace(rule, scale=scale)
         self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.notes)
         out[:] = there[..., : out.shape[2]]
+
+
+def _reader(name: str, type: str, parameter: str) -> str:
+    """The key of the kernel that reads keys of a type."""
+    if type in GROUPED:
+        return "load_groups" if name == "load_tile" else f"scores_of_groups:{parameter}"
+    return f"{name}:{type}:{parameter}" if name == "load_tile" else f"{name}:{parameter}:{type}"
 
 
 def value_blocks(dim_v: int, span: int = 16) -> int:

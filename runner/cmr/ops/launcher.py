@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import attend, jobs, pages, turning
+from cmr.ops.kernels import attend, grouped, jobs, pages, turning
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.threads import Pool
 from cmr.ops.program import Program, Stretch
@@ -25,6 +25,7 @@ JOBS = {
     "finish_rows": jobs.FINISH_ROWS,
     "softcap_rows": jobs.SOFTCAP_ROWS,
     "store_rows": jobs.STORE_ROWS,
+    "store_groups": grouped.STORE_GROUPS,
     "turn_rows": turning.TURN_ROWS,
     "attend_decode": attend.DECODE,
     "attend_prompt": attend.PROMPT,

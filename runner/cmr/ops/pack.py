@@ -15,13 +15,23 @@ BLOCK = 32
 # Types of a row, and the bytes that 32 values take.
 FLOATS: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 PACKED = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18, "IQ4_NL": 18, "Q2": 12}
+# Types of keys that take a scale for each channel of a group of tokens: rows come in whole groups.
+GROUPED = {"Q2C": 12}
+GROUP = 32
 _STEPS = {"Q5_0": 16, "Q4_0": 8}
 _LEVELS = {"Q5_1": 31, "Q4_1": 15, "Q2": 3}
 
 
 def bits(type: str) -> float:
     """Return the bits of one value, scales included."""
-    return 8 * FLOATS[type].itemsize if type in FLOATS else PACKED[type] / 4
+    return 8 * FLOATS[type].itemsize if type in FLOATS else (PACKED | GROUPED)[type] / 4
+
+
+def stored(type: str, dim: int) -> tuple[int, np.dtype[Any]]:
+    """Return how a row of `dim` values is stored: as so many elements of a dtype."""
+    if type in FLOATS:
+        return dim, FLOATS[type]
+    return dim // BLOCK * (PACKED | GROUPED)[type], np.dtype(np.uint8)
 
 
 def pack(x: np.ndarray, type: str) -> np.ndarray:
@@ -29,6 +39,8 @@ def pack(x: np.ndarray, type: str) -> np.ndarray:
     if type in FLOATS:
         with np.errstate(over="ignore", under="ignore"):
             return x.astype(FLOATS[type])
+    if type in GROUPED:
+        return _pack_groups(np.ascontiguousarray(x, np.float32))
     blocks = np.ascontiguousarray(x, np.float32).reshape(-1, BLOCK)
     return _pack_blocks(blocks, type).reshape(*x.shape[:-1], x.shape[-1] // BLOCK * PACKED[type])
 
@@ -37,6 +49,8 @@ def unpack(packed: np.ndarray, type: str) -> np.ndarray:
     """Return what pack stored: float32 [..., dim]."""
     if type in FLOATS:
         return packed.astype(np.float32)
+    if type in GROUPED:
+        return _unpack_groups(np.ascontiguousarray(packed))
     blocks = np.ascontiguousarray(packed).reshape(-1, PACKED[type])
     if not len(blocks):
         values = np.zeros((0, BLOCK), np.float32)
@@ -47,6 +61,31 @@ def unpack(packed: np.ndarray, type: str) -> np.ndarray:
     else:
         values = dequantize(blocks, format_by_name(type).type)
     return values.reshape(*packed.shape[:-1], packed.shape[-1] // PACKED[type] * BLOCK)
+
+
+def _pack_groups(x: np.ndarray) -> np.ndarray:
+    """Quantize float32 [..., n, dim], n whole groups, channel by channel: uint8 [..., n, dim / 32 * 12]."""
+    *front, n, dim = x.shape
+    groups = x.reshape(-1, GROUP, dim).swapaxes(1, 2)
+    low = groups.min(2, keepdims=True)
+    d = (groups.max(2, keepdims=True) - low) / np.float32(3)
+    u = np.minimum(((groups - low) * _inverse(d) + np.float32(0.5)).astype(np.int32), 3).astype(np.uint8)
+    parts = [*(_half(a[..., 0]) for a in (d, low)), *_bits(u.reshape(-1, GROUP), "Q2")]
+    flat = [part.reshape(len(groups), -1) for part in parts]
+    return np.concatenate(flat, 1).reshape(*front, n, dim // BLOCK * GROUPED["Q2C"])
+
+
+def _unpack_groups(packed: np.ndarray) -> np.ndarray:
+    """Return what _pack_groups stored: float32 [..., n, dim]."""
+    *front, n, width = packed.shape
+    dim = width // GROUPED["Q2C"] * BLOCK
+    groups = packed.reshape(-1, 12 * dim)
+    d, low = (groups[:, at : at + 2 * dim].copy().view(np.float16).astype(np.float32) for at in (0, 2 * dim))
+    codes = (
+        groups[:, 4 * dim :].reshape(len(groups), dim, 1, 8) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    )
+    values = d[..., None] * codes.reshape(len(groups), dim, GROUP).astype(np.float32) + low[..., None]
+    return values.swapaxes(1, 2).reshape(*front, n, dim)
 
 
 @cache
@@ -73,7 +112,7 @@ def _inverse(d: np.ndarray) -> np.ndarray:
 
 
 def _half(x: np.ndarray) -> np.ndarray:
-    """Scales float32 [n, 1] as the bytes of float16."""
+    """Scales float32 [n, m] as the bytes of float16."""
     return x.astype(np.float16).view(np.uint8)
 
 

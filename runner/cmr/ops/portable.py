@@ -188,7 +188,7 @@ class PortableOps(PortablePages):
     def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
         with np.errstate(over="ignore", under="ignore"):  # what a half cannot hold becomes infinite or zero
             for head, start in enumerate(_counts(segment)):
-                slots = slice(start, start + len(pos))
+                slots = slice(start, start + len(pos))  # whole groups, where keys are packed in groups
                 k = turn(k_new[:, head]) if segment.turned_k else k_new[:, head]
                 v = turn(v_new[:, head]) if segment.turned_v else v_new[:, head]
                 segment.k[head, slots], segment.v[head, slots] = (

@@ -116,6 +116,33 @@ def test_shapes(ops, prompt, heads, groups, dim):
             assert distance(found, reference(q, q_pos, k, v, packed.pos, 130, AttnRule())) <= 2e-6
 
 
+@roles
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim"), [(1, 1, 32), (4, 2, 96), (7, 1, 64), (8, 2, 128), (4, 1, 256)]
+)
+def test_keys_with_scales_for_each_channel(ops, prompt, heads, groups, dim):
+    x = floats(640, groups, dim)
+    x[:32, :, 3], x[:32, :, 4], x[40] = 1, 0, x[40] * 1e-6
+    x[:, :, 5] *= 60
+    k, v = np.full((groups, 640, dim // 32 * 12), 77, np.uint8), blank(groups, 640, dim, "Q4_0")
+    segment = Segment(k, v, np.zeros(640, np.int32), 0, "Q2C", "Q4_0")
+    for rows in (slice(0, 32), slice(32, 640)):
+        ops.kv_store(segment, x[rows], x[rows], np.arange(rows.start, rows.stop, dtype=np.int32))
+        segment.used += rows.stop - rows.start
+    np.testing.assert_array_equal(k, pack(x.swapaxes(0, 1), "Q2C"))
+    keys, values = unpack(k, "Q2C"), unpack(v, "Q4_0")
+    error = np.abs(keys[:, 32:] - x[32:].swapaxes(0, 1))
+    assert error[..., np.arange(dim) != 5].max() < 1.4  # the channel that sticks out costs the others nothing
+    for used in (640, 608, 32):
+        segment.used = used
+        for n in (1, 3, 30):
+            q, q_pos = floats(n, heads, dim, seed=n), np.arange(used - n, used, dtype=np.int32)
+            found = np.full((n, heads, dim), 77, np.float32)
+            ops.attend(q, q_pos, [segment], AttnRule(scale=0.01), found, prompt)
+            wanted = reference(q, q_pos, keys, values, segment.pos, used, AttnRule(scale=0.01))
+            assert distance(found, wanted) <= 5e-6
+
+
 def test_a_hadamard_matrix_undoes_itself():
     for dim in (16, 64, 256):
         np.testing.assert_allclose(hadamard(dim) @ hadamard(dim), np.eye(dim), atol=1e-6)

@@ -46,7 +46,7 @@ def _whole(v, type, block, data):
     if type == "Q8_0":
         return [v.to_float(v.b.sext(v.load(v.add(data, at), I8, 16), wide)) for at in (0, 16)]
     if type == "Q2":
-        return [v.to_float(x) for x in _two_bits(v, data)]
+        return [v.to_float(x) for x in two_bits(v, data)]
     bytes_ = v.load(data, I8, 16)
     if type == "IQ4_NL" and not TARGET.wide:
         return _looked_up(v, bytes_)
@@ -62,7 +62,7 @@ def _whole(v, type, block, data):
     return [v.to_float(v.b.sub(x, fill(I32, 16, offset)) if offset else x) for x in (low, high)]
 
 
-def _two_bits(v, data):
+def two_bits(v, data):
     """Sixteen 2-bit numbers from each half of the shifts of eight bytes."""
     eight = v.load(data, I8, 8)
     both = v.b.zext(v.shuffle(eight, None, [*range(8)] * 2), vec(I32, 16))
