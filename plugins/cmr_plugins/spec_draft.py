@@ -11,42 +11,19 @@ import numpy as np
 
 import cmr
 from cmr import PluginError, hookimpl, plugin
-from cmr_plugins.speculation import DEPTHS, Drafter, Pace, rows_of
+from cmr_plugins.speculation import DEPTHS, Chances, Drafter, Pace, rows_of
 
 START = 8.0  # plain tokens that the first drafts, and reading the prompt once more, may lose
-PRIOR, MEMORY = 0.75, 0.95
 BATCH = 512
 
 
 @dataclass(eq=False, slots=True)
-class Shadow:
-    """What the draft model has of one text: caches that hold `held`, the tokens from index `origin` on.
-
-    `chances` are those that the 1st, 2nd, ... drafted token is right when the ones before it are; `drafted` is
-    the latest draft, made when the text had `base` tokens.
-    """
+class Shadow(Chances):
+    """What the draft model has of one text: caches that hold `held`, the tokens from index `origin` on."""
 
     caches: list[Any]
     origin: int = 0
     held: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=lambda: [PRIOR] * DEPTHS[-1])
-    drafted: list[int] = field(default_factory=list)
-    base: int = 0
-
-    def learn(self, tokens: list[int]) -> None:
-        """Move the chances towards what became of the latest draft."""
-        for place, (ours, theirs) in enumerate(zip(self.drafted, tokens[self.base :])):
-            right = ours == theirs
-            self.chances[place] += (1 - MEMORY) * (right - self.chances[place])
-            if not right:
-                break
-            for later in range(place + 1, len(self.chances)):  # what was never tried is not better known
-                self.chances[later] += (1 - MEMORY) / 8 * (right - self.chances[later])
-        self.drafted = []
-
-    def ahead(self) -> list[float]:
-        """Return the chances that the next 1, 2, ... drafted tokens are all right."""
-        return np.cumprod(self.chances).tolist()
 
 
 @plugin

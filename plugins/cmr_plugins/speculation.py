@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ SHARE = 0.015  # of plain speed that drafts may cost where they fail
 CREDIT = 12.0  # plain tokens of earlier gain that may be risked
 TIMES = 3  # the first step of a shape is recorded, later ones run from that
 MEASURE_SECONDS = 0.15
+PRIOR, MEMORY = 0.75, 0.95  # the chance of a drafted token before anything is known, and how long luck counts
 
 
 class Choice(NamedTuple):
@@ -29,6 +30,34 @@ class Choice(NamedTuple):
     depth: int
     speed: float
     risk: float
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Chances:
+    """How often a drafter was right in one text.
+
+    `chances` are those that the 1st, 2nd, ... drafted token is right when the ones before it are; `drafted` is
+    the latest draft, made when the text had `base` tokens.
+    """
+
+    chances: list[float] = field(default_factory=lambda: [PRIOR] * DEPTHS[-1])
+    drafted: list[int] = field(default_factory=list)
+    base: int = 0
+
+    def learn(self, tokens: list[int]) -> None:
+        """Move the chances towards what became of the latest draft."""
+        for place, (ours, theirs) in enumerate(zip(self.drafted, tokens[self.base :])):
+            right = ours == theirs
+            self.chances[place] += (1 - MEMORY) * (right - self.chances[place])
+            if not right:
+                break
+            for later in range(place + 1, len(self.chances)):  # what was never tried is not better known
+                self.chances[later] += (1 - MEMORY) / 8 * (right - self.chances[later])
+        self.drafted = []
+
+    def ahead(self) -> list[float]:
+        """Return the chances that the next 1, 2, ... drafted tokens are all right."""
+        return np.cumprod(self.chances).tolist()
 
 
 class Pace:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cmr.hookspecs import hookimpl
     from cmr.kvcache import AttnRule, LayerCache
     from cmr.model import open_model
-    from cmr.ops.records import Pages
+    from cmr.ops.records import Pages, Segment
     from cmr.sampling import SamplerSettings
     from cmr.sequence import Request
     from cmr.session import Session
@@ -34,6 +34,7 @@ _HOMES = {
     "Request": "sequence",
     "RequestError": "errors",
     "SamplerSettings": "sampling",
+    "Segment": "ops.records",
     "Tier": "tiers",
     "TieredCache": "tiers",
     "Session": "session",
@@ -44,8 +45,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "Pages", "PluginError", "Request", "RequestError",
-    "SamplerSettings", "Session", "Tier", "TieredCache", "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "Pages", "PluginError", "Request",
+    "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "hookimpl", "open_model",
+    "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def chosen_pages(q: np.ndarray, edges: np.ndarray, pages: Pages, seen: int) -> n
 
 class PortablePages:
     """What `cmr.ops.table.Ops` says of pages, by attending to copies of them."""
+
+    attend: Callable[..., None]
 
     def attend_pages(
         self, q: np.ndarray, q_pos: np.ndarray, segment: Segment, pages: Pages, rule: Any, out: np.ndarray

@@ -104,6 +104,8 @@ class ToyModel:
             layer.o *= 2
         angles = np.arange(context)[:, None, None] * 10000.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        table = SimpleNamespace(inv_freq=angles[1, 0], rot=head_dim)
+        self.ropes: list[Any] = [(table, "neox")] * n_layers
         self.embed, self.out = matrix(self.n_vocab, dim) * 2, matrix(dim, self.n_vocab) * 2
         self.weights, self.ops = Resident(layers), open_ops("portable")
         self.metadata: dict[str, Any] = {"general.architecture": "toy"}

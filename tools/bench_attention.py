@@ -1,0 +1,163 @@
+"""Measure what attention plugins cost and save: divergence at depths, and times at a depth, settings taking turns.
+
+python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt attn-window:window=256 attn-window:window=64
+python tools/bench_attention.py model.gguf --decode 4096 attn-pages [--rounds 15] [--threads 2]
+python tools/bench_attention.py model.gguf --prompt 4096 attn-block
+
+Every run begins with the plain one. Several plugins in one setting are joined by +. Times at a depth are of steps
+over keys and values drawn at random, so that no prompt need be read first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import cmr
+from cmr.eval import divergence_at_depth
+
+PLAIN = "plain"
+
+
+def opened(model: Any, setting: str) -> cmr.Session:
+    """Open a session with the plugins of a setting."""
+    return cmr.Session.open(model, [] if setting == PLAIN else setting.split("+"))
+
+
+def divergences(
+    model: Any, settings: Sequence[str], text: str, depths: Sequence[int], n: int, most: int
+) -> None:
+    """Print mean KL, agreement and KV bytes a token of each setting at each depth."""
+    tokens = model.tokenizer.encode(text, bos=True)
+    print("| setting | depth | KL, nats | 99 % | same first | KV bytes a token |\n|---|---|---|---|---|---|")
+    for setting in settings:
+        for depth in depths:
+            found = divergence_at_depth(model, setting.split("+"), tokens, depth, n, stretches=most)
+            d = found.divergence
+            print(
+                f"| `{setting}` | {depth} | {d.mean:.5f} ± {d.stderr:.5f} | {d.p99:.4f} "
+                f"| {d.same_top:.1%} | {found.kv_bytes:.0f} of {found.base_kv_bytes:.0f} |",
+                flush=True,
+            )
+
+
+class Run:
+    """Steps of one setting's plan over caches of its own."""
+
+    def __init__(self, model: Any, setting: str) -> None:
+        self.model, self.setting, self.session = model, setting, opened(model, setting)
+        self.seq = SimpleNamespace(
+            caches=[make() for make in self.session.plan.caches], cached=0, tokens=[], notes={}, n_prompt=0
+        )
+        self.times: list[float] = []
+
+    def fill(self, depth: int) -> None:
+        """Put random keys and values into every cache; each setting gets the same."""
+        rng = np.random.default_rng(0)
+        for start in range(0, depth, 512):
+            n = min(512, depth - start)
+            pos = np.arange(start, start + n, dtype=np.int32)
+            for cache in self.seq.caches:
+                k = rng.standard_normal((n, cache.kv_heads, cache.dim), np.float32)
+                v = rng.standard_normal((n, cache.kv_heads, cache.dim_v), np.float32)
+                cache.append(k, v, pos)
+        self.seq.cached = depth
+
+    def step(self, n: int, prompt: bool) -> None:
+        """Run one step of n rows and note how long it took."""
+        start = self.seq.cached
+        tokens = np.arange(start, start + n, dtype=np.int32) % self.model.n_vocab
+        pos = np.arange(start, start + n, dtype=np.int32)
+        part = SimpleNamespace(
+            seq=self.seq, tokens=tokens, pos=pos, draft=[], prompt=prompt, want=1, accepted=[]
+        )
+        step = SimpleNamespace(
+            parts=[part], tokens=tokens, pos=pos, n_prompt=n * prompt, spans=[slice(0, n)], seconds=0.0
+        )
+        began = perf_counter()
+        self.model.forward(self.session.plan, step)
+        self.seq.cached += n
+        for hook in self.session.plan.on_step:
+            hook(step)
+        self.times.append(perf_counter() - began)
+
+
+def decode(model: Any, settings: Sequence[str], depth: int, rounds: int) -> None:
+    """Print milliseconds of a generated token at a depth."""
+    runs = [Run(model, setting) for setting in settings]
+    for run in runs:
+        run.fill(depth)
+        for _ in range(3):
+            run.step(1, prompt=False)
+        run.times.clear()
+    for _ in range(rounds):
+        for run in runs:
+            for _ in range(3):
+                run.step(1, prompt=False)
+    show(runs, f"ms a token at depth {depth}", 1000.0, statistics.median)
+
+
+def prompt(model: Any, settings: Sequence[str], count: int, chunk: int = 512) -> None:
+    """Print seconds of a prompt, all settings taking turns chunk by chunk."""
+    runs = [Run(model, setting) for setting in settings]
+    for run in runs:  # compile, and touch the weights
+        run.step(64, prompt=True)
+        for cache in run.seq.caches:
+            cache.rollback(0)
+        run.seq.cached = 0
+        run.times.clear()
+    for start in range(0, count, chunk):
+        for run in runs:
+            run.step(min(chunk, count - start), prompt=True)
+    show(runs, f"seconds of a prompt of {count}", 1.0, sum)
+
+
+def show(runs: Sequence[Run], title: str, unit: float, summary: Any) -> None:
+    """Print a table of times, and of ratios taken within rounds."""
+    print(f"| setting | {title} | of plain, median (quartiles of rounds) | KV MB |\n|---|---|---|---|")
+    base = runs[0].times
+    for run in runs:
+        ratios = sorted(a / b for a, b in zip(run.times, base))
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        held = sum(cache.nbytes for cache in run.seq.caches) / 1e6
+        print(
+            f"| `{run.setting}` | {summary(run.times) * unit:.4g} "
+            f"| {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | {held:.1f} |"
+        )
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("settings", nargs="*", help="plugins with options, joined by + within a setting")
+    parser.add_argument("--text", type=Path, help="measure divergence on this text")
+    parser.add_argument("--depths", default="128,512,950")
+    parser.add_argument("--tokens", type=int, default=64, help="generated tokens at each depth")
+    parser.add_argument("--stretches", type=int, default=8, help="stretches of the text at each depth")
+    parser.add_argument("--decode", type=int, help="time generated tokens at this depth")
+    parser.add_argument("--prompt", type=int, help="time a prompt of so many tokens")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--context", type=int)
+    args = parser.parse_intermixed_args()
+    model = cmr.open_model(args.model, threads=args.threads, context=args.context)
+    if args.text:
+        depths = [int(depth) for depth in args.depths.split(",")]
+        text = args.text.read_text("utf-8")
+        divergences(model, args.settings, text, depths, args.tokens, args.stretches)
+    if args.decode:
+        decode(model, [PLAIN, *args.settings], args.decode, args.rounds)
+    if args.prompt:
+        prompt(model, [PLAIN, *args.settings], args.prompt)
+
+
+if __name__ == "__main__":
+    main()
