@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from gguf.quants import dequantize
+from tests import cli_runs
 from tests.beside import BESIDE, PROMPTS, TINY, alone, beside, tiny
 from tests.ggufs import Blocks, write_gguf
 
@@ -152,6 +153,12 @@ def test_keys_with_fewer_bits_than_values_are_warned_of(capsys):
 def test_options_that_are_not_there(options, message):
     with pytest.raises(PluginError, match=message):
         Session.open(tiny(), [f"kv-quant:{options}"])
+
+
+def test_the_flags_of_others_spell_it():
+    done = cli_runs.run(str(TINY), "-p", "x", "-ctk", "q8_0", "-ctv", "Q4_0", "--explain")
+    assert done.returncode == 0 and "kv_cache       kv-quant" in done.stdout
+    assert "kv-quant:bits=None,k=q8_0,v=q4_0" in done.stdout
 
 
 def test_heads_that_do_not_fit_are_named():

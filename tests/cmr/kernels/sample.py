@@ -19,6 +19,7 @@ from cmr.model import open_model
 from cmr.ops.cpu import CpuOps
 from cmr.ops.kernels.emit import TARGET
 from cmr.ops.kernels.rows import ACTIVATIONS
+from cmr.ops.pack import PACKED
 from cmr.ops.records import Segment
 from cmr.quants import FORMATS
 
@@ -101,6 +102,22 @@ def attention(ops, folder, few):
                     yield f"attention {heads} {dim} {dtype.__name__} {number} {n} {prompt}", out
 
 
+def packed(ops, folder, few):
+    """Quantized keys and values, rotated, and keys with scales for each channel."""
+    x, q = floats(96, 2, 64), floats(70, 4, 64)
+    for k_type, v_type, row in [("IQ4_NL", "Q5_1", 36), ("Q4_0", "Q8_0", 36), ("Q2C", "Q2", 24)]:
+        k, v = np.zeros((2, 96, row), np.uint8), np.zeros((2, 96, 2 * PACKED[v_type]), np.uint8)
+        segment = Segment(k, v, np.zeros(96, np.int32), 0, k_type, v_type, turned_k=True, turned_v=True)
+        ops.kv_store(segment, x, x, np.arange(96, dtype=np.int32))
+        segment.used = 96
+        yield f"stored {k_type}", k
+        yield f"stored {v_type} beside {k_type}", v
+        for n, prompt in [(1, False), (70, True)]:
+            out = np.zeros((n, 4, 64), np.float32)
+            ops.attend(q[:n], np.arange(96 - n, 96, dtype=np.int32), [segment], AttnRule(), out, prompt)
+            yield f"attention {k_type} {n}", out
+
+
 def models(ops, folder, few):
     for type, name in [("F32", "llama"), ("F16", "gemma3"), ("Q8_0", "qwen3"), ("Q4_0", "llama")]:
         path = write_model(folder / f"{type}.gguf", replace(RECIPES[name], type=type))
@@ -111,7 +128,7 @@ def models(ops, folder, few):
 
 def main(folder, out, wanted="all"):
     ops, few = CpuOps(2), wanted == "products"
-    parts = (products,) if few else (products, gates, rows, attention, models)
+    parts = (products,) if few else (products, gates, rows, attention, packed, models)
     arrays = {name: array.copy() for part in parts for name, array in part(ops, Path(folder), few)}
     ops.close()
     np.savez(out, variant=np.array(TARGET.variant), **arrays)
