@@ -213,6 +213,7 @@ class Stores:
         (["context:policy=shift,keep=40"], "context: keep is 40; it is less than half the context of 64"),
         (["context:drop=1"], "drop lies between 0 and 1"),
         (["context:policy=shift", "kv-evict:budget=48,every=4"], "context:policy=shift and kv-evict both evict"),
+        (["context:policy=shift", "attn-window:window=32"], "moves the first positions, which attn-window looks at"),
         (["context:policy=shift", Stores()], "shift turns plain keys, and those of layer 0 are stores's"),
     ],
 )  # fmt: skip

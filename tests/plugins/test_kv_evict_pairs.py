@@ -96,3 +96,22 @@ def test_attention_notes_only_what_is_asked_for(model):
         plan = Session.open(model, [f"kv-evict:policy={kind},{SMALL}"]).plan
         assert plan.evidence == frozenset(evidence)
         assert (plan.caches[0]().noted is None) == (not evidence)
+
+
+OTHERS = (
+    *("attn-window:window=64", "attn-pages:size=16,top=4", "attn-block", "attn-extend:group=4,window=128"),
+    "attn-pattern:kind=local,width=64",
+)
+OWN_CACHES = ("attn-pages", "attn-block", "attn-extend", "attn-pattern")  # or an attention of their own
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_variants_give_the_same_tokens_however_they_are_fed_or_are_refused(other, kind):
+    name, model = other.partition(":")[0], ToyModel()
+    if name in OWN_CACHES and kind != "policy=recent":
+        with pytest.raises(PluginError, match=f"kv-evict .*{name}"):
+            Session.open(model, [f"kv-evict:{kind},{SMALL}", other])
+        return
+    alone = evicting(model, kind, other)
+    assert evicting(model, kind, other, Copies(), Together(rows=11)) == alone
