@@ -15,15 +15,20 @@ from cmr_plugins.speculation import DEPTHS, Chances, Drafter, Pace, rows_of
 
 START = 8.0  # plain tokens that the first drafts, and reading the prompt once more, may lose
 BATCH = 512
+REST = 6
 
 
 @dataclass(eq=False, slots=True)
 class Shadow(Chances):
-    """What the draft model has of one text: caches that hold `held`, the tokens from index `origin` on."""
+    """What the draft model has of one text: caches that hold `held`, the tokens from index `origin` on.
+
+    `rest` tokens come without a thought of drafting, as it did not pay a moment ago.
+    """
 
     caches: list[Any]
     origin: int = 0
     held: list[int] = field(default_factory=list)
+    rest: int = 0
 
 
 @plugin
@@ -86,7 +91,12 @@ class SpecDraft(Drafter):
             shadow = seq.notes["spec-draft"] = Shadow([make() for make in self.plan.caches])
         if shadow.drafted:
             shadow.learn(seq.tokens)
+        if shadow.rest:
+            shadow.rest -= 1
+            return []
         depth = self._depth(seq, shadow) if self.gain else self.depth
+        if not depth:
+            shadow.rest = REST
         room = min(seq.limit - len(seq.tokens) - 1, self.small.config.n_ctx - 2)
         if min(depth, room) <= 0:
             return []
@@ -119,11 +129,10 @@ class SpecDraft(Drafter):
         """Time the draft model: a token at a time, and 16 as a prompt."""
         probe = Shadow([make() for make in self.plan.caches])
         for _ in range(2):
-            self._feed(probe, [0] * 16)
             began = perf_counter()
             self._feed(probe, [0] * 16)
             self.reading = (perf_counter() - began) / 16
-            self._feed(probe, [0])
+        for _ in range(2):
             began = perf_counter()
             self._feed(probe, [0])
             self.each = perf_counter() - began

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -57,7 +59,7 @@ class Chances:
 
     def ahead(self) -> list[float]:
         """Return the chances that the next 1, 2, ... drafted tokens are all right."""
-        return np.cumprod(self.chances).tolist()
+        return list(accumulate(self.chances, mul))
 
 
 class Pace:
