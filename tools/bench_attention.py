@@ -3,6 +3,7 @@
 python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt attn-window:window=256 attn-window:window=64
 python tools/bench_attention.py model.gguf --decode 4096 attn-pages [--rounds 15] [--threads 2]
 python tools/bench_attention.py model.gguf --prompt 4096 attn-block
+python tools/bench_attention.py model.gguf --prompt 512 --behind 3584 --rounds 4 attn-block
 
 Every run begins with the plain one. Several plugins in one setting are joined by +. Times at a depth are of steps
 over keys and values drawn at random, so that no prompt need be read first.
@@ -104,6 +105,22 @@ def decode(model: Any, settings: Sequence[str], depth: int, rounds: int) -> None
     show(runs, f"ms a token at depth {depth}", 1000.0, statistics.median)
 
 
+def behind(model: Any, settings: Sequence[str], count: int, depth: int, rounds: int) -> None:
+    """Print seconds of prompt rows with a depth before them, all settings taking turns."""
+    runs = [Run(model, setting) for setting in settings]
+    for run in runs:
+        run.fill(depth)
+    for turn in range(rounds + 1):
+        for run in runs:
+            run.step(count, prompt=True)
+            for cache in run.seq.caches:
+                cache.rollback(depth)
+            run.seq.cached = depth
+            if not turn:
+                run.times.clear()
+    show(runs, f"seconds of {count} rows of a prompt behind {depth}", 1.0, statistics.median)
+
+
 def prompt(model: Any, settings: Sequence[str], count: int, chunk: int = 512) -> None:
     """Print seconds of a prompt, all settings taking turns chunk by chunk."""
     runs = [Run(model, setting) for setting in settings]
@@ -144,6 +161,7 @@ def main() -> None:
     parser.add_argument("--stretches", type=int, default=8, help="stretches of the text at each depth")
     parser.add_argument("--decode", type=int, help="time generated tokens at this depth")
     parser.add_argument("--prompt", type=int, help="time a prompt of so many tokens")
+    parser.add_argument("--behind", type=int, help="time --prompt rows with so many random ones before them")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
@@ -155,7 +173,9 @@ def main() -> None:
         divergences(model, args.settings, text, depths, args.tokens, args.stretches)
     if args.decode:
         decode(model, [PLAIN, *args.settings], args.decode, args.rounds)
-    if args.prompt:
+    if args.prompt and args.behind:
+        behind(model, [PLAIN, *args.settings], args.prompt, args.behind, args.rounds)
+    elif args.prompt:
         prompt(model, [PLAIN, *args.settings], args.prompt)
 
 

@@ -3,9 +3,10 @@
 python tools/plan_attention.py models/tiny-q8_0.gguf --text story.txt -o plan.json [--lengths 128,512,900]
 python tools/plan_attention.py models/tiny-q8_0.gguf --text story.txt --route news.txt code.txt -o plan.json
 
-KL divergence is of generated tokens, one layer windowed at a time; what a plan is then foreseen to cost is measured
-with all its layers together. --route tells what choosing by content could save at most: for each text, a plan made
-from it against one plan made from all of them, both measured on the other half of that text.
+KL divergence is of generated tokens, one layer windowed at a time. What a plan is then foreseen to cost is measured
+with all its layers together on the other half of the text, and attn-plan keeps to the worse of both. --route tells
+what choosing by content could save at most: for each text, a plan made from it against one plan made from all of
+them, both measured on the other half of that text.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def kl_of(model: Any, names: list[str], tokens: list[int], length: int, stretche
     ).divergence.mean
 
 
+def slots_of(name: str, length: int) -> int:
+    """Return how many keys a generated token sees at a length."""
+    rule = rule_of(name)
+    return min(length, rule.window + rule.sinks) if rule.window else length
+
+
 def seconds_of(model: Any, name: str, length: int) -> float:
     """Return the seconds that one layer's attention takes for a generated token at a length."""
     rng = np.random.default_rng(0)
@@ -86,21 +93,33 @@ def calibrate(
         "lengths": lengths,
         "choices": choices,
         "kl": kl.tolist(),
+        "slots": [[slots_of(name, length) for name in choices] for length in lengths],
         "seconds": [[seconds_of(model, name, length) for name in choices] for length in lengths],
     }
 
 
-def check(model: Any, found: dict[str, Any], tokens: list[int], stretches: int) -> None:
-    """Print what plans are foreseen to cost, what they cost, and the time that they leave of full attention's."""
-    print("| KL at most | length | foreseen | measured | attention's time, of full |\n|---|---|---|---|---|")
+def check(model: Any, found: dict[str, Any], tokens: list[int], stretches: int) -> list[float]:
+    """Print what plans are foreseen to cost, what they cost, and what they leave of full attention's KV and time.
+
+    Returns for each length how many times as much as foreseen the layers cost together, at most (1 at least).
+    """
+    compound = [1.0] * len(found["lengths"])
+    print("| KL at most | length | foreseen | measured | KV read, of full | attention's time, of full |")
+    print("|---|---|---|---|---|---|")
     for bound in BOUNDS:
         for band, names in enumerate(choose(found, bound)):
-            length, times = found["lengths"][band], found["seconds"][band]
-            share = sum(times[found["choices"].index(name)] for name in names) / times[0] / found["layers"]
-            measured = kl_of(model, names, tokens, length, stretches)
-            print(
-                f"| {bound} | {length} | {foreseen(found, band, names):.5f} | {measured:.5f} | {share:.2f} |"
-            )
+            length = found["lengths"][band]
+            read, time = (share(found, key, band, names) for key in ("slots", "seconds"))
+            measured, thought = kl_of(model, names, tokens, length, stretches), foreseen(found, band, names)
+            compound[band] = max(compound[band], measured / max(thought, 1e-9) if thought > 1e-5 else 1.0)
+            print(f"| {bound} | {length} | {thought:.5f} | {measured:.5f} | {read:.2f} | {time:.2f} |")
+    return compound
+
+
+def share(found: dict[str, Any], key: str, band: int, names: list[str]) -> float:
+    """Return what choices for the layers of a band take of what full attention takes, in slots or seconds."""
+    values = found[key][band]
+    return sum(values[found["choices"].index(name)] for name in names) / values[0] / len(names)
 
 
 def route(model: Any, texts: dict[str, list[int]], args: Any, choices: list[str]) -> None:
@@ -114,16 +133,14 @@ def route(model: Any, texts: dict[str, list[int]], args: Any, choices: list[str]
     }
     together = dict(next(iter(found.values())))
     together["kl"] = np.mean([one["kl"] for one in found.values()], axis=0).tolist()
-    times = together["seconds"][0]
-    print("| text | KL at most | own plan: KL, time | one plan for all: KL, time |\n|---|---|---|---|")
+    print("| text | KL at most | own plan: KL, KV read | one plan for all: KL, KV read |\n|---|---|---|---|")
     for name, (_, rest) in halves.items():
         for bound in BOUNDS:
             cells = []
-            for source in (found[name] | {"seconds": [times]}, together):
+            for source in (found[name], together):
                 (names,) = choose(source, bound)
-                share = sum(times[choices.index(one)] for one in names) / times[0] / len(names)
                 kl = kl_of(model, names, rest, args.lengths[-1], args.stretches)
-                cells.append(f"{kl:.5f}, {share:.2f}")
+                cells.append(f"{kl:.5f}, {share(source, 'slots', 0, names):.2f}")
             print(f"| {name} | {bound} | {cells[0]} | {cells[1]} |", flush=True)
 
 
@@ -145,8 +162,8 @@ def main() -> None:
     tokens = model.tokenizer.encode(args.text.read_text("utf-8"), bos=True)
     half = len(tokens) // 2
     found = calibrate(model, tokens[:half], args.lengths, choices, args.stretches)
+    found["compound"] = check(model, found, tokens[half:], args.stretches)
     args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    check(model, found, tokens[half:], args.stretches)
     if args.route:
         texts = {path.stem: model.tokenizer.encode(path.read_text("utf-8"), bos=True) for path in args.route}
         route(model, {args.text.stem: tokens} | texts, args, choices)

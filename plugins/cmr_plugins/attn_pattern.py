@@ -91,7 +91,8 @@ class AttnPattern:
     def start_session(self, session: Any) -> None:
         """Refuse caches that store slots in several ways."""
         for owner, make in zip(session.plan.owners["kv_cache"], session.plan.caches):
-            if not hasattr(make(), "segments"):
+            cache = make()
+            if not hasattr(cache, "segments") or len(cache.segments()) != 1:
                 raise PluginError(
                     f"attn-pattern picks slots that are stored in one way, and {owner} stores them in several; "
                     "use one of them alone"

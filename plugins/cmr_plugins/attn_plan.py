@@ -13,12 +13,12 @@ import numpy as np
 from cmr import AttnRule, PluginError, hookimpl, plugin
 
 FULL = "full"
-KEYS = ("model", "layers", "width", "lengths", "choices", "kl", "seconds")
+KEYS = ("model", "layers", "width", "lengths", "choices", "kl", "slots")
 
 
 @plugin
 class AttnPlan:
-    """Choose each layer's attention, by length, from a calibration file: the fastest under a bound on KL.
+    """Choose each layer's attention, by length, from a calibration file: the least KV read under a bound on KL.
 
     `python tools/plan_attention.py MODEL --text mine.txt -o plan.json` measures and writes the file.
     """
@@ -32,6 +32,9 @@ class AttnPlan:
             raise ValueError("kl is at least 0")
         self.measured = read_calibration(self.file)
         self.chosen = choose(self.measured, self.kl)
+        self.settled = tuple(
+            " ".join([str(length), *names]) for length, names in zip(self.measured["lengths"], self.chosen)
+        )
 
     @hookimpl
     def attention(self, model: Any, layer: int) -> Any:
@@ -80,12 +83,8 @@ def read_calibration(path: Path) -> dict[str, Any]:
             shape = (len(found["lengths"]), len(found["choices"]))
             for name in found["choices"]:
                 rule_of(name)
-            kl, seconds = np.array(found["kl"], float), np.array(found["seconds"], float)
-            if (
-                kl.shape == (*shape, found["layers"])
-                and seconds.shape == shape
-                and found["choices"][0] == FULL
-            ):
+            kl, slots = np.array(found["kl"], float), np.array(found["slots"], float)
+            if kl.shape == (*shape, found["layers"]) and slots.shape == shape and found["choices"][0] == FULL:
                 return found
             missing = ["figures that fit its lengths, choices and layers"]
     except OSError as error:
@@ -100,18 +99,20 @@ def read_calibration(path: Path) -> dict[str, Any]:
 def choose(found: dict[str, Any], bound: float) -> list[list[str]]:
     """Return a choice for each band of lengths and each layer: what saves most for its KL first, within `bound`.
 
-    KL of layers is taken to add up, which the tool that writes the file checks.
+    KL of layers is taken to add up to `compound` times their sum at most, which the tool that writes the file
+    measures.
     """
-    kl, seconds, names = np.array(found["kl"]), np.array(found["seconds"]), found["choices"]
+    kl, slots, names = np.array(found["kl"]), np.array(found["slots"]), found["choices"]
     bands = []
     for band in range(len(found["lengths"])):
-        chosen, left = [0] * found["layers"], bound
+        compound = found.get("compound", [1.0] * len(found["lengths"]))[band]
+        chosen, left = [0] * found["layers"], bound / compound
         while True:
             steps = [
                 (gain / max(cost, 1e-12), layer, choice, cost)
                 for layer in range(found["layers"])
                 for choice in range(len(names))
-                if (gain := seconds[band][chosen[layer]] - seconds[band][choice]) > 0
+                if (gain := slots[band][chosen[layer]] - slots[band][choice]) > 0
                 and (cost := kl[band][choice][layer] - kl[band][chosen[layer]][layer]) <= left
             ]
             if not steps:

@@ -217,6 +217,9 @@ class _Item:
                 place, held = self._page(v.add(start, i))
                 there = v.add(self.weights, v.mul(v.get(slots), 4))
                 k = self.segment.row("k", place)
+                self._fetch("v", place, held)
+                following, there_held = self._page(v.add(start, v.smin(v.add(i, 1), v.sub(some, 1))))
+                self._fetch("k", following, there_held)
                 self.segment.read("k", self.queries, k, self.segment.f["k_row"], held, f["dim"], there)
                 v.set(slots, v.add(v.get(slots), held))
             with v.loop(0, tile) as i:
@@ -234,6 +237,13 @@ class _Item:
                 values, row_bytes = self.segment.row("v", place), self.segment.f["v_row"]
                 self.segment.read("v", there, values, row_bytes, held, f["dim_v"], self.sums, wide_v)
                 v.set(slots, v.add(v.get(slots), held))
+
+    def _fetch(self, base, place, held):
+        """Ask for the slots of a page before they are read: pages lie apart, so the processor does not foresee them."""
+        v, row = self.v, self.segment.f[base + "_row"]
+        first = self.segment.row(base, place)
+        with v.loop(0, v.mul(held, row), 64) as at:
+            v.prefetch(v.add(first, at))
 
     def _page(self, index):
         """The first slot of a listed page, and how many of its slots are seen."""
