@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,8 +108,10 @@ class TieredCache:
         if slots.start < slots.stop:
             rows = (a[:, slots].swapaxes(0, 1).astype(np.float32) for a in (store.k[0], store.v[0]))
             k, v = map(np.ascontiguousarray, rows)
-            for lower in self.stores[1:]:
-                lower.append(k, v, store.positions[slots])
+            # A step that is run again packs nothing: see pos.
+            with self.ops.aside() if self.ops.replays else nullcontext():
+                for lower in self.stores[1:]:
+                    lower.append(k, v, store.positions[slots])
             self._changed()
         self._packed = max(self._packed, end)
 
@@ -122,7 +125,7 @@ class TieredCache:
                     store.keep(np.arange(gone, store.used))
                     self._changed()
 
-    # -- steps that are run again: until a block has to be packed only the first tier changes --
+    # -- steps that are run again: until a block has to be packed, only the first tier changes --
 
     @property
     def replayable(self) -> bool:
@@ -131,7 +134,7 @@ class TieredCache:
         if not store.used or self.pinned.used < self.sinks:
             return False
         first, last = store.positions[[0, -1]].tolist()
-        return last - first + 1 == store.used and len(self.pos) > store.used
+        return last - first + 1 == store.used
 
     @property
     def generation(self) -> int:

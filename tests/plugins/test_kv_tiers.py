@@ -74,13 +74,15 @@ def test_beside_other_plugins_it_gives_what_it_gives_alone(options, other):
         assert beside(other, [options], PROMPTS[1:]) == alone([options], PROMPTS[1:])
 
 
-def test_recorded_steps_give_the_same_bits(text, monkeypatch):
+@pytest.mark.parametrize("others", [(), ("spec-lookup:gain=0",)], ids=["alone", "drafts"])
+def test_recorded_steps_give_the_same_bits(others, text, monkeypatch):
     rows, model = [], tiny()
+    text = text[:75] * 2
     for replays in (True, False):
         monkeypatch.setattr(model.ops, "replays", replays, raising=False)
         seen = []
-        with Session.open(model, [STEEP, Keeps(seen)]) as session:
-            list(session.generate(session.request(text[:150], max_tokens=150, ignore_eos=True, temp=0.0)))
+        with Session.open(model, [STEEP, *others, Keeps(seen)]) as session:
+            list(session.generate(session.request(text, max_tokens=150, ignore_eos=True, temp=0.0)))
         rows.append(np.concatenate(seen))
     np.testing.assert_array_equal(*rows)
 
