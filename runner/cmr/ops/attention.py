@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cmr.evidence import BLOCK
+from cmr.evidence import BLOCK, Notes
 from cmr.ops.kernels import attend, attention, jobs, noting
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
