@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmr.discovery import plugin
     from cmr.errors import CMRError, FileError, ModelError, PluginError, RequestError
+    from cmr.eval.depth import DepthProbe
+    from cmr.folders import cache_folder
     from cmr.hookspecs import hookimpl
     from cmr.kvcache import AttnRule, LayerCache
     from cmr.model import open_model
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttnRule": "kvcache",
     "CMRError": "errors",
+    "DepthProbe": "eval.depth",
     "FileError": "errors",
     "LayerCache": "kvcache",
     "ModelError": "errors",
@@ -38,6 +41,7 @@ _HOMES = {
     "Tier": "tiers",
     "TieredCache": "tiers",
     "Session": "session",
+    "cache_folder": "folders",
     "hookimpl": "hookspecs",
     "open_model": "model",
     "open_tokenizer": "tokenizer",
@@ -45,9 +49,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "FileError", "LayerCache", "ModelError", "Pages", "PluginError", "Request",
-    "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "hookimpl", "open_model",
-    "open_tokenizer", "plugin",
+    "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Pages", "PluginError",
+    "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "cache_folder",
+    "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ BUILTIN = {
     "budget": "cmr_plugins.budget:Budget",
     "context": "cmr_plugins.context:Context",
     "early-exit": "cmr_plugins.early_exit:EarlyExit",
+    "kv-auto": "cmr_plugins.kv_auto:KvAuto",
     "kv-evict": "cmr_plugins.kv_evict:KvEvict",
     "kv-quant": "cmr_plugins.kv_quant:KvQuant",
     "kv-tiers": "cmr_plugins.kv_tiers:KvTiers",
@@ -54,6 +55,7 @@ DECLARED: dict[str, Any] = {
     "conflicts": (),  # names of plugins it cannot run beside, or a dict name -> why
     "needs": (),  # of the model: "tokenizer", "chat_template"
     "evidence": (),  # what attention must hand out beside its output
+    "settled": (),  # texts: what was decided beside the options, by a file or by measuring
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmr import __version__
+from cmr.discovery import declared
 from cmr.plan import spelled
 
 SAMPLED = 64  # tensors, evenly spread, whose first and last bytes are read
@@ -33,7 +34,9 @@ def _facts(model: Any, plugins: dict[str, Any]) -> list[Any]:
     }
     tensors = [(name, tensor.type, tensor.shape) for name, tensor in model.file.tensors.items()]
     facts = [__version__, model.ops.name, model.config.n_ctx, sorted(scalars.items()), sorted(tensors)]
-    return facts + [(spelled(name, thing), _source(thing)) for name, thing in plugins.items()]
+    return facts + [
+        (spelled(name, thing), _source(thing), *declared(thing, "settled")) for name, thing in plugins.items()
+    ]
 
 
 def _source(thing: Any) -> str:

@@ -7,7 +7,16 @@ import pytest
 from tests.models import RECIPES, VOCAB, write_model
 
 import cmr
-from cmr.eval import Divergence, compare, divergence, divergence_at_depth, log_softmax, report, written_text
+from cmr.eval import (
+    DepthProbe,
+    Divergence,
+    compare,
+    divergence,
+    divergence_at_depth,
+    log_softmax,
+    report,
+    written_text,
+)
 
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, VOCAB, 220)]
 
@@ -231,3 +240,37 @@ def test_exact_plugins_predict_exactly_the_same(model, plugin):
 def test_what_cannot_be_measured_is_said(model, depth, n, complaint):
     with pytest.raises(cmr.RequestError, match=complaint):
         divergence_at_depth(model, [], TOKENS, depth, n)
+
+
+def test_a_probe_gives_the_figures_of_both_sessions_side_by_side(model):
+    probe = DepthProbe(model, TOKENS, 40, 8)
+    for plugins in ([Biased(1.5)], [Wide()], [Recent(4)], []):
+        found, wanted = probe.measure(plugins), divergence_at_depth(model, plugins, TOKENS, 40, 8)
+        assert found.divergence == wanted.divergence and found.depth == wanted.depth == 40
+        assert (found.kv_bytes, found.base_kv_bytes) == (wanted.kv_bytes, wanted.base_kv_bytes)
+        assert 0 < found.seconds < 60 and math.isnan(wanted.seconds)
+    assert probe.kv_bytes == wanted.base_kv_bytes and 0 < probe.base_seconds < 60
+    assert cmr.DepthProbe is DepthProbe
+
+
+@pytest.mark.parametrize("size, depth, n", [(40, 32, 8), (220, 0, 8), (220, 32, 0), (220, 300, 8)])
+def test_a_probe_refuses_what_does_not_fit(model, size, depth, n):
+    with pytest.raises(cmr.RequestError, match="need 41|at least 1|do not fit"):
+        DepthProbe(model, TOKENS[:size], depth, n)
+
+
+def test_a_probe_compares_as_far_as_a_plugin_lets_the_text_go(model):
+    @cmr.plugin
+    class Stops:
+        """End after some tokens."""
+
+        exact = True
+        after: int = 3
+
+        @cmr.hookimpl
+        def on_token(self, seq, token):
+            return "enough" if seq.n_new >= self.after else None
+
+    probe = DepthProbe(model, TOKENS, 40, 8)
+    assert probe.measure([Stops(4)]).divergence.tokens == 3
+    assert probe.measure([Stops(1)]).divergence.tokens == 0

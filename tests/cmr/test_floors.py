@@ -10,7 +10,7 @@ PLUGINS = Path(__file__).parents[2] / "plugins" / "cmr_plugins"
 
 # From the ground up; a package counts as one module, and is free inside.
 FLOORS = [
-    {"errors", "hookspecs", "cmr"},
+    {"errors", "hookspecs", "folders", "cmr"},
     {"quants", "metadata", "options", "architectures", "evidence"},
     {"gguf_header"},
     {"gguf_file", "rope"},

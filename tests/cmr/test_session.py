@@ -403,3 +403,20 @@ def test_a_fingerprint_differs_where_tokens_could():
     assert len(set(prints.values())) == len(prints)
     assert Session.open(ToyModel()).fingerprint() == prints["plain"]
     assert sessions["plugin"].fingerprint("stop-loop") == prints["plain"]
+
+
+def test_a_fingerprint_has_what_a_plugin_settled_beside_its_options():
+    class Decides:
+        """Decide something from a file, say."""
+
+        exact = False
+
+        def __init__(self, found):
+            self.found = found
+
+        @hookimpl
+        def start_session(self, session):
+            self.settled = (self.found,)
+
+    first, other, again = (Session.open(MODEL, [Decides(found)]).fingerprint() for found in "aba")
+    assert first == again != other

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Tokens
 from contextlib import closing
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class Following:
     """One text in a session: the first `n_prompt` tokens as prompt, the others as if it had generated them.
 
     Every hook of the plan acts as in any request, and `row()` gives what was predicted after them. `seq` is
-    the sequence; close() takes it out of the session. Raises RequestError for a prompt that does not fit.
+    the sequence, `seconds` what each step took; close() takes it out of the session. Raises RequestError for a
+    prompt that does not fit.
     """
 
     def __init__(self, session: Any, tokens: Tokens[int], n_prompt: int) -> None:
@@ -43,6 +45,7 @@ class Following:
             list(tokens[:n_prompt]), max_tokens=len(tokens) - n_prompt, temp=0.0, ignore_eos=True
         )
         self._session, self._script = session, _Script(tokens, n_prompt)
+        self.seconds: list[float] = []
         self.seq = session.add(request)
         self.seq.sampler = self._script
 
@@ -53,7 +56,9 @@ class Following:
                 raise self.seq.error
             if self.seq.stop is not None:
                 return None
+            began = perf_counter()
             self._session.step()
+            self.seconds.append(perf_counter() - began)
         return self._script.rows.popleft()
 
     def next_row(self) -> np.ndarray:
@@ -74,8 +79,8 @@ class Following:
         self._session.cancel(self.seq)
 
 
-def pairs(base: Following, other: Following, following: Tokens[int]) -> list[Pair]:
-    """Compare what both predict for each of the tokens that follow; it ends where one of them stops."""
+def pairs(base: Any, other: Any, following: Tokens[int]) -> list[Pair]:
+    """Compare what both (with row(), as Following) predict for each token that follows; it ends where one stops."""
     found = []
     for token in following:
         row, row_other = base.row(), other.row()
