@@ -36,6 +36,8 @@ class Noted:
 
     def __init__(self, kv_heads: int, start: int) -> None:
         self.kv_heads, self.start = kv_heads, start
+        self._rows: np.ndarray  # the latest rows of generated tokens,
+        self._whole: np.ndarray | None = None  # or what a prompt's rows added up to
         self.clear()
 
     def clear(self) -> None:
