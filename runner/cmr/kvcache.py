@@ -13,7 +13,7 @@ import numpy as np
 from cmr.evidence import BLOCK, KINDS, UNIT, Noted
 from cmr.ops.pack import FLOATS, GROUP, GROUPED, PACKED, can_turn, pack, stored, turn, unpack
 from cmr.ops.records import FLOATS as TYPES
-from cmr.ops.records import Segment
+from cmr.ops.records import Segment, zeros
 
 GENERATIONS = count(1)
 
@@ -359,7 +359,7 @@ class LayerCache:
 
         def moved(array: np.ndarray) -> np.ndarray:
             picked = pick(array)
-            new = np.zeros((len(array), capacity, *array.shape[2:]), array.dtype)
+            new = zeros((len(array), capacity, *array.shape[2:]), array.dtype)
             new[:, : picked.shape[1]] = picked
             return new
 

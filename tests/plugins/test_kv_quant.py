@@ -1,5 +1,9 @@
 """kv-quant: the bytes, what they cost in divergence, rotation where channels stick out, and beside other plugins."""
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from gguf.quants import dequantize
@@ -14,7 +18,9 @@ from cmr.eval.following import written_text
 from cmr.gguf_file import open_gguf
 from cmr.plan import explain
 from cmr.testing import CacheLaws, check
+from cmr_plugins.kv_quant import KvQuant
 
+STATM = Path("/proc/self/statm")
 # The most that each may cost at 128, 512 and 900 tokens: mean KL to f16 keys and values. Seen was half of it or less.
 COSTS = {
     "bits=8": 5e-4,
@@ -57,6 +63,28 @@ def test_bytes_are_those_of_the_types_and_as_foretold(options, bits):
         session.step()
         held = sum(cache.nbytes for cache in seq.caches)
     assert memory.kv == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="this system does not say what a process holds")
+def test_the_process_holds_what_the_arrays_say():
+    rows, ops = np.random.default_rng(0).standard_normal((512, 8, 64)).astype(np.float32), tiny().ops
+    shape = SimpleNamespace(kv_shape=lambda layer: (8, 64, 64), n_ctx=32768)
+    grown = {}
+    for bits in (16, 8, 4, 2):
+        cache = KvQuant(bits=bits).kv_cache(SimpleNamespace(ops=ops, config=shape), 0)()
+        cache.append(rows, rows, np.arange(512, dtype=np.int32))
+        before, held = resident(), cache.nbytes
+        for start in range(512, 32768, 512):
+            cache.append(rows, rows, np.arange(start, start + 512, dtype=np.int32))
+        grown[bits] = resident() - before
+        assert grown[bits] == pytest.approx(cache.nbytes - held, rel=0.1, abs=4e6)
+        del cache
+    assert grown[4] < 0.35 * grown[16]
+
+
+def resident():
+    """The bytes of memory that this process holds."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_recent_tokens_are_foretold_too():

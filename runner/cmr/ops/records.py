@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 ALIGNMENT = 64
+OWN_PAGES = 1 << 18  # bytes of an array from which it has pages of its own
 NO_AGE = (-1, 0)
 AGES = 64  # tokens grow older in steps of so many positions
 PIECE = 512  # slots that a generated row sums by themselves, from the first of a segment on
@@ -164,3 +167,14 @@ def make_buffer(rows: int, cols: int) -> Buffer:
     start = -raw.ctypes.data % ALIGNMENT
     array = raw[start : start + rows * cols * 4].view(np.float32).reshape(rows, cols)
     return Buffer(array, array.ctypes.data, rows, cols)
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return zeros whose memory, where it is large, goes back to the system as soon as they are freed.
+
+    What an allocator gives for arrays that grow stays with the process as holes.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < OWN_PAGES:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
