@@ -10,7 +10,13 @@ from cmr import LayerCache, PluginError, Tier, TieredCache, hookimpl, plugin
 
 # Bits of a value of each type, its scale included.
 BITS = {"f16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5, "iq4_nl": 4.5, "q2": 3}
-BY_BITS = {2: ("q2", "q2"), 4: ("iq4_nl", "iq4_nl"), 5: ("q5_0", "q5_0"), 8: ("q8_0", "q8_0"), 16: ("f16", "f16")}
+BY_BITS = {
+    2: ("q2", "q2"),
+    4: ("iq4_nl", "iq4_nl"),
+    5: ("q5_0", "q5_0"),
+    8: ("q8_0", "q8_0"),
+    16: ("f16", "f16"),
+}
 BLOCK = 32
 
 
