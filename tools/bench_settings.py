@@ -7,11 +7,14 @@ from pathlib import Path
 
 MODELS = Path(__file__).parents[1] / "models"
 
-# Options of each run; {models} is the folder of models. A plugin that is not installed is left out.
+# Options of each run; {models} is the folder of models. A plugin that is not installed is left out, and so are those
+# with none, which need a file of the user.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "attn-pages": ("top=8",),
+    "attn-plan": (),
     "attn-window": ("window=256",),
     "early-exit": ("sure=0.7", "sure=0.9"),
+    "kv-auto": (),
     "kv-evict": (
         "budget=256,policy=random",
         "budget=256,policy=recent",

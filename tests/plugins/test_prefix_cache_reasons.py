@@ -146,10 +146,10 @@ def test_what_was_evicted_is_not_stored():
 
 def test_a_plugin_that_follows_all_attention_is_refused():
     class Follows(Sees):
-        evidence = ("cumulative_weights",)
+        evidence = ("cumulative-weights",)
 
     class Gives(LayerCache):
-        evidence = ("cumulative_weights",)
+        evidence = ("cumulative-weights",)
 
     class Provides(Sees):
         @hookimpl
