@@ -5,7 +5,7 @@ import random
 import numpy as np
 from tools.train import tasks
 
-SHARES = {"stories": 0.65, "simple": 0.06, "tales": 0.02, "classics": 0.01, "tasks": 0.26}
+SHARES = {"stories": 0.52, "simple": 0.08, "tales": 0.06, "classics": 0.04, "tasks": 0.30}
 
 
 class Rows:

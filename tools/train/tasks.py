@@ -88,7 +88,7 @@ def sum_of(rng):
 def arithmetic(rng, filler, room):
     """Do a few small sums."""
     doc = []
-    for _ in range(rng.randint(2, 8)):
+    for _ in range(rng.randint(2, 16)):
         a, sign, b, c = sum_of(rng)
         doc += [(f"{a} {sign} {b} =", 0.0), (f" {c}\n", 2.0)]
     return doc
@@ -155,7 +155,7 @@ def storytelling(rng, filler, room):
     return chat(ask, story)
 
 
-MIX = {recall: 9, copying: 8, counting: 2, as_json: 2, arithmetic: 4, thoughtful: 3, talk: 3, storytelling: 4}
+MIX = {recall: 12, copying: 7, counting: 2, as_json: 2, arithmetic: 6, thoughtful: 3, talk: 3, storytelling: 4}
 
 
 def make(rng, filler, room):

@@ -51,10 +51,10 @@ class Plan:
 class Run:
     """A model in training with everything a checkpoint holds."""
 
-    def __init__(self, folder, shape, plan, rows, device="cpu", teacher=None):
+    def __init__(self, folder, shape, plan, rows, device="cpu", teacher=None, bf16=False):
         torch.manual_seed(plan.seed)
         self.folder, self.plan, self.rows, self.device, self.step = Path(folder), plan, rows, device, 0
-        self.shape = shape
+        self.shape, self.bf16 = shape, bf16 or device.startswith("cuda")
         self.model = Llama(shape).to(device)
         self.teacher = read_gguf(teacher)[0].to(device).eval() if teacher else None
         if teacher:
@@ -119,7 +119,7 @@ class Run:
         return F.kl_div(found, goal, reduction="batchmean")
 
     def _precision(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.startswith("cuda") else nullcontext()
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.bf16 else nullcontext()
 
     def _update(self):
         rate = self.plan.rate(self.step)
