@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -265,7 +266,19 @@ def write(
             for piece in chunks(rng, shape, key, format, dims, spread):
                 out.write(piece)
             _pad(out)
+        _settle(out)
     partial.replace(path)
+
+
+def _settle(out: BinaryIO) -> None:
+    """Have the file read from disk when it is next used: in large pages, as after a start of the machine.
+
+    What was written piece by piece stays cached in small ones, which are read a third slower.
+    """
+    out.flush()
+    os.fsync(out.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pad(out: BinaryIO) -> None:

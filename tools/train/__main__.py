@@ -54,7 +54,9 @@ def _arguments(argv):
     p.add_argument("--types", default="q8_0", help="types to write: f32, f16, q8_0, separated by commas")
     p.add_argument("--held-out", default="tinystories-val-0.8MB.txt", help="text for the held-out loss")
     p.add_argument("--device", default="cpu", help="cpu or cuda (bf16)")
-    p.add_argument("--bf16", action="store_true", help="products in bf16 on the CPU too, faster where it has them")
+    p.add_argument(
+        "--bf16", action="store_true", help="products in bf16 on the CPU too, faster where it has them"
+    )
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--no-compile", action="store_true", help="no torch.compile (it needs a C++ compiler)")
     p.add_argument("--from", dest="start", help="GGUF whose weights to begin with")

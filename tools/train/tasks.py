@@ -155,7 +155,16 @@ def storytelling(rng, filler, room):
     return chat(ask, story)
 
 
-MIX = {recall: 12, copying: 7, counting: 2, as_json: 2, arithmetic: 6, thoughtful: 3, talk: 3, storytelling: 4}
+MIX = {
+    recall: 12,
+    copying: 7,
+    counting: 2,
+    as_json: 2,
+    arithmetic: 6,
+    thoughtful: 3,
+    talk: 3,
+    storytelling: 4,
+}
 
 
 def make(rng, filler, room):

@@ -204,10 +204,9 @@ def _six_bit_scales(v, w):
 
 def _k_scales(v, w):
     """The scales and minima of a Q4_K or Q5_K block."""
-    packed = _six_bit_scales(v, w)
-    d, minus = v.half(w), v.b.fmul(v.half(v.add(w, 2)), F32(-1.0))
-    factors = [v.b.fmul(v.splat(x, 16), _floats(v, _pairs(v, packed, at))) for x, at in ((d, 0), (minus, 8))]
-    return tuple(factors)
+    d = v.half_to_float(v.load(w, I16, 4))
+    both = v.b.fmul(v.shuffle(d, None, [0] * 8 + [1] * 8), _floats(v, _six_bit_scales(v, w)))
+    return _pairs(v, both), v.b.fneg(_pairs(v, both, 8))
 
 
 # Where the weights of a run lie in the 128 bytes of nibbles of Q4_K and Q5_K, and in the halves of other K-quants.

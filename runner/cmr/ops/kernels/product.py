@@ -15,9 +15,15 @@ from .emit import TARGET, emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
 from .vector import F32, I8, I32, fill
 
-AHEAD = 4096
+AHEAD = 4096  # bytes of weights asked for in advance
+NEAR, NARROW = (
+    256,
+    4096,
+)  # the same of wider rows, whose activations fill the nearest cache; columns of others
 MANY = 4  # tokens at a time above which activations are many for the nearest cache
-ROWS, BLOCKS = 8, 4  # rows and blocks of 256 columns that are multiplied by many tokens in one go
+BLOCKS = 4  # blocks of 256 columns of TOGETHER rows that are multiplied by many tokens in one go
+TOGETHER = 16  # rows whose lanes are added up in one go
+LANES = TOGETHER * 64  # bytes of their sums
 RECORD = 448  # bytes of 256 activations
 D, S, N = 256, 320, 384  # where their scales and sums lie
 COUNTS = (1, 2, 4, 8) if TARGET.wide else (1, 2, 4)  # tokens that a gemv may take at a time
@@ -58,26 +64,40 @@ def gemv(v, args, name, tokens):
         return
     body = _float_row if name in FLOATS else _quant_row
     w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n = args[:10]
-    tail = v.scratch(STEP * 4 + 64)
+    tail, sums = v.scratch(STEP * 4 + 64), v.scratch(count * LANES)
     v.clear(tail, STEP * 4 + 64)
-    with v.loop(first, last) as row:
-        address = v.add(w, v.mul(row, row_bytes))
+    with v.loop(first, last, TOGETHER) as top:
+        end = v.smin(v.add(top, TOGETHER), last)
         with v.loop(0, n, count) as start:
             xs = token_bases(v, x, x_stride if name in FLOATS else RECORD, start, n, count)
             ys = token_bases(v, y, y_stride, start, n, count)
-            _store(v, body(v, name, address, xs, x_stride, columns, tail), ys, row)
+            with v.loop(top, end) as row:
+                totals = body(v, name, v.add(w, v.mul(row, row_bytes)), xs, x_stride, columns, tail)
+                for t, total in enumerate(totals):
+                    v.store(v.add(sums, v.mul(v.sub(row, top), 64), t * LANES), total)
+            _store(v, sums, ys, top, end)
 
 
-def _store(v, totals, ys, row):
-    for total, y in zip(totals, ys):
-        v.store(v.add(y, v.mul(row, 4)), v.sum(total))
+def _store(v, sums, ys, top, end):
+    """Add up the lanes of TOGETHER rows for every token and store those of the rows from `top` to `end`."""
+    whole = v.compare(v.sub(end, top), "==", TOGETHER)
+    for t, y in enumerate(ys):
+        here = v.add(sums, t * LANES)
+        total = v.sum_each([v.load(v.add(here, 64 * k), F32, 16) for k in range(TOGETHER)])
+        with v.b.if_else(whole) as (all_of_them, some):
+            with all_of_them:
+                v.store(v.add(y, v.mul(top, 4)), total)
+            with some:
+                v.store(here, total)
+                v.copy(v.add(y, v.mul(top, 4)), here, v.mul(v.sub(end, top), 4))
 
 
 def _quant_row(v, name, address, xs, x_stride, columns, tail):
     """The sums of one row for every token, in 16 lanes."""
     layout = LAYOUTS[name]
     accs = [v.variable(fill(F32, 16, 0.0)) for _ in xs]
-    _add_blocks(v, layout, accs, address, xs, x_stride, 0, v.b.lshr(columns, v.i(8)), AHEAD)
+    ahead = v.choose(v.compare(columns, "<=", NARROW), AHEAD, NEAR)
+    _add_blocks(v, layout, accs, address, xs, x_stride, 0, v.b.lshr(columns, v.i(8)), ahead)
     _add_rest(v, layout, accs, address, xs, x_stride, columns, tail)
     return [v.get(acc) for acc in accs]
 
@@ -85,33 +105,39 @@ def _quant_row(v, name, address, xs, x_stride, columns, tail):
 def _many(v, layout, args, count):
     """Multiply by many tokens: a few blocks of columns of several rows at a time, so that activations stay near."""
     w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n = args[:10]
-    tail, sums = v.scratch(STEP + 64), v.scratch(ROWS * count * 64)
+    tail, sums = v.scratch(STEP + 64), v.scratch(count * LANES)
     v.clear(tail, STEP + 64)
     whole = v.b.lshr(columns, v.i(8))
 
     def held(row, top):
-        """A row and its sums so far."""
-        there = v.add(sums, v.mul(v.sub(row, top), count * 64))
-        accs = [v.variable(v.load(v.add(there, 64 * t), F32, 16)) for t in range(count)]
-        return v.add(w, v.mul(row, row_bytes)), there, accs
+        """A row and where its sums are, and the sums so far."""
+        there = [v.add(sums, v.mul(v.sub(row, top), 64), t * LANES) for t in range(count)]
+        return v.add(w, v.mul(row, row_bytes)), there, [v.variable(v.load(at, F32, 16)) for at in there]
 
-    with v.loop(first, last, ROWS) as top:
-        end = v.smin(v.add(top, ROWS), last)
+    def keep(there, accs):
+        for at, acc in zip(there, accs):
+            v.store(at, v.get(acc))
+
+    with v.loop(first, last, TOGETHER) as top:
+        end = v.smin(v.add(top, TOGETHER), last)
         with v.loop(0, n, count) as start:
             xs = token_bases(v, x, RECORD, start, n, count)
             ys = token_bases(v, y, y_stride, start, n, count)
-            v.clear(sums, ROWS * count * 64)
+            v.clear(sums, count * LANES)
             with v.loop(0, whole, BLOCKS) as block:
                 stop = v.smin(v.add(block, BLOCKS), whole)
                 with v.loop(top, end) as row:
                     address, there, accs = held(row, top)
-                    _add_blocks(v, layout, accs, address, xs, x_stride, block, stop, v.mul(row_bytes, ROWS))
-                    for t, acc in enumerate(accs):
-                        v.store(v.add(there, 64 * t), v.get(acc))
-            with v.loop(top, end) as row:
-                address, _, accs = held(row, top)
-                _add_rest(v, layout, accs, address, xs, x_stride, columns, tail)
-                _store(v, [v.get(acc) for acc in accs], ys, row)
+                    _add_blocks(
+                        v, layout, accs, address, xs, x_stride, block, stop, v.mul(row_bytes, TOGETHER)
+                    )
+                    keep(there, accs)
+            if layout.smallest < STEP:
+                with v.loop(top, end) as row:
+                    address, there, accs = held(row, top)
+                    _add_rest(v, layout, accs, address, xs, x_stride, columns, tail)
+                    keep(there, accs)
+            _store(v, sums, ys, top, end)
 
 
 def _add_blocks(v, layout, accs, address, xs, x_stride, first, last, ahead):

@@ -248,6 +248,17 @@ class Vectors:
     def sum(self, x):
         return self.reduce(x, self.b.fadd)
 
+    def sum_each(self, vectors):
+        """The sums of 16 vectors of 16 lanes, one a lane, each in the order of `sum`."""
+        size = 16
+        while len(vectors) > 1:
+            starts = range(0, 32, size)
+            halves = [[s + half + i for s in starts for i in range(size // 2)] for half in (0, size // 2)]
+            pairs = zip(vectors[::2], vectors[1::2])
+            vectors = [self.b.fadd(*(self.shuffle(a, b, order) for order in halves)) for a, b in pairs]
+            size //= 2
+        return vectors[0]
+
     def half_to_float(self, bits):
         """float32 of a vector of float16 bit patterns (i16)."""
         count = bits.type.count
