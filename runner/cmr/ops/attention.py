@@ -65,9 +65,11 @@ class Call:
         notes = self.notes
         if notes is None:
             return NO_NOTES
-        sums, rows = notes.sums, notes.rows
-        places = (0, 0, 0) if rows is None else (address_of(rows), rows.strides[0], rows.strides[1])
-        return (address_of(sums), sums.strides[0], *places, notes.fold, notes.since, room, each)
+        if notes.places is None:
+            sums, rows = notes.sums, notes.rows
+            places = (0, 0, 0) if rows is None else (address_of(rows), rows.strides[0], rows.strides[1])
+            notes.places = (address_of(sums), sums.strides[0], *places)
+        return (*notes.places, notes.fold, notes.since, room, each)
 
 
 class AttentionOps(Launcher):

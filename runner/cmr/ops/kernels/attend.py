@@ -22,7 +22,7 @@ SEGMENT = (
 )
 DECODE = (*SHARED, "partials", "pieces", *noting.NOTES)
 PROMPT = (*SHARED, "multiply", "multiply_add", "blocks", "scale_row", *noting.NOTES)
-PROMPT_VECTORS = 64
+PROMPT_VECTORS = 128  # queries that share a tile of keys and values once it is unpacked
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32
 
 
