@@ -42,10 +42,7 @@ def _columns(v, count, body, wide=4):
 
 def _totals(v, vectors):
     """Variables of 16 whole numbers each, zero whenever this place is reached."""
-    totals = [v.variable(fill(I32, 16, 0)) for _ in range(vectors)]
-    for total in totals:
-        v.set(total, fill(I32, 16, 0))
-    return totals
+    return [v.variable(fill(I32, 16, 0)) for _ in range(vectors)]
 
 
 def _add_units(v, totals, weights, factor):
