@@ -6,7 +6,8 @@ python tools/bench_attention.py model.gguf --prompt 4096 attn-block
 python tools/bench_attention.py model.gguf --prompt 512 --behind 3584 --rounds 4 attn-block
 
 Every run begins with the plain one. Several plugins in one setting are joined by +. Times at a depth are of steps
-over keys and values drawn at random, so that no prompt need be read first.
+over keys and values drawn at random, so that no prompt need be read first. The last line, "nothing before", are the
+same rows plain with nothing cached: what is left of a time where attention to what came before costs nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import numpy as np
 import cmr
 from cmr.eval import divergence_at_depth
 
-PLAIN = "plain"
+PLAIN, NOTHING = "plain", "nothing before"
 
 
 def opened(model: Any, setting: str) -> cmr.Session:
     """Open a session with the plugins of a setting."""
-    return cmr.Session.open(model, [] if setting == PLAIN else setting.split("+"))
+    return cmr.Session.open(model, [] if setting in (PLAIN, NOTHING) else setting.split("+"))
 
 
 def divergences(
@@ -61,6 +62,7 @@ class Run:
 
     def fill(self, depth: int) -> None:
         """Put random keys and values into every cache; each setting gets the same."""
+        depth = 0 if self.setting == NOTHING else depth
         rng = np.random.default_rng(0)
         for start in range(0, depth, 512):
             n = min(512, depth - start)
@@ -70,6 +72,12 @@ class Run:
                 v = rng.standard_normal((n, cache.kv_heads, cache.dim_v), np.float32)
                 cache.append(k, v, pos)
         self.seq.cached = depth
+
+    def back(self, depth: int) -> None:
+        """Forget everything behind a depth."""
+        for cache in self.seq.caches:
+            cache.rollback(0 if self.setting == NOTHING else depth)
+        self.seq.cached = 0 if self.setting == NOTHING else depth
 
     def step(self, n: int, prompt: bool) -> None:
         """Run one step of n rows and note how long it took."""
@@ -113,9 +121,7 @@ def behind(model: Any, settings: Sequence[str], count: int, depth: int, rounds: 
     for turn in range(rounds + 1):
         for run in runs:
             run.step(count, prompt=True)
-            for cache in run.seq.caches:
-                cache.rollback(depth)
-            run.seq.cached = depth
+            run.back(depth)
             if not turn:
                 run.times.clear()
     show(runs, f"seconds of {count} rows of a prompt behind {depth}", 1.0, statistics.median)
@@ -126,27 +132,28 @@ def prompt(model: Any, settings: Sequence[str], count: int, chunk: int = 512) ->
     runs = [Run(model, setting) for setting in settings]
     for run in runs:  # compile, and touch the weights
         run.step(64, prompt=True)
-        for cache in run.seq.caches:
-            cache.rollback(0)
-        run.seq.cached = 0
+        run.back(0)
         run.times.clear()
     for start in range(0, count, chunk):
         for run in runs:
             run.step(min(chunk, count - start), prompt=True)
+            if run.setting == NOTHING:
+                run.back(0)
     show(runs, f"seconds of a prompt of {count}", 1.0, sum)
 
 
 def show(runs: Sequence[Run], title: str, unit: float, summary: Any) -> None:
     """Print a table of times, and of ratios taken within rounds."""
-    print(f"| setting | {title} | of plain, median (quartiles of rounds) | KV MB |\n|---|---|---|---|")
+    print(f"| setting | {title} | of plain | quartiles of rounds | KV MB |\n|---|---|---|---|---|")
     base = runs[0].times
     for run in runs:
         ratios = sorted(a / b for a, b in zip(run.times, base))
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        whole = sum(run.times) / sum(base) if summary is sum else statistics.median(ratios)
         held = sum(cache.nbytes for cache in run.seq.caches) / 1e6
         print(
-            f"| `{run.setting}` | {summary(run.times) * unit:.4g} "
-            f"| {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | {held:.1f} |"
+            f"| `{run.setting}` | {summary(run.times) * unit:.4g} | {whole:.2f} | {low:.2f} to {high:.2f} "
+            f"| {held:.1f} |"
         )
 
 
@@ -172,11 +179,11 @@ def main() -> None:
         text = args.text.read_text("utf-8")
         divergences(model, args.settings, text, depths, args.tokens, args.stretches)
     if args.decode:
-        decode(model, [PLAIN, *args.settings], args.decode, args.rounds)
+        decode(model, [PLAIN, *args.settings, NOTHING], args.decode, args.rounds)
     if args.prompt and args.behind:
-        behind(model, [PLAIN, *args.settings], args.prompt, args.behind, args.rounds)
+        behind(model, [PLAIN, *args.settings, NOTHING], args.prompt, args.behind, args.rounds)
     elif args.prompt:
-        prompt(model, [PLAIN, *args.settings], args.prompt)
+        prompt(model, [PLAIN, *args.settings, NOTHING], args.prompt)
 
 
 if __name__ == "__main__":
