@@ -1,6 +1,7 @@
 """Measure what attention plugins cost and save: divergence at depths, and times at a depth, settings taking turns.
 
 python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt attn-window:window=256 attn-window:window=64
+python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt --table attention
 python tools/bench_attention.py model.gguf --decode 4096 attn-pages [--rounds 15] [--threads 2]
 python tools/bench_attention.py model.gguf --prompt 4096 attn-block
 python tools/bench_attention.py model.gguf --prompt 512 --behind 3584 --rounds 4 attn-block
@@ -26,6 +27,38 @@ import cmr
 from cmr.eval import divergence_at_depth
 
 PLAIN, NOTHING = "plain", "nothing before"
+# The settings of the tables in plugins/README.md.
+TABLES = {
+    "attention": (
+        *(f"attn-window:window={window}" for window in (512, 256, 128)),
+        "attn-window:window=256,sinks=0",
+        "attn-pages:size=16,top=24,recent=4,first=0",
+        "attn-pages:size=32,top=12,recent=2,first=0",
+        "attn-pages:size=16,top=8,recent=4,first=0",
+        "attn-pages:size=16,top=0,recent=12,first=0",
+        "attn-pattern:kind=local,width=192",
+        "attn-pattern:kind=strided,width=128,step=8",
+        "attn-pattern:kind=dilated,width=192,step=4",
+        "attn-pattern:kind=random,width=128,share=0.1",
+        "attn-pattern:kind=multi-scale,width=64",
+        *(f"early-exit:sure={sure}" for sure in (0, 0.5, 0.7, 0.9)),
+        *(f"early-exit:sure={sure},after=[4]" for sure in (0, 0.7)),
+        "attn-block:dense=512",
+        *(f"attn-block:vertical={n},slash={m},dense=512" for n, m in ((4, 2), (2, 2), (0, 0))),
+    ),
+    "kv": (
+        "kv-quant:bits=8",
+        "kv-quant:k=q8_0,v=q4_0",
+        "kv-quant:bits=5",
+        "kv-quant:bits=4",
+        "kv-quant:k=q4_0,v=q4_0",
+        "kv-quant:k=q4_0,v=q4_0,rotate=false",
+        "kv-quant:k=q4_0,v=q4_0,recent=64",
+        "kv-quant:bits=2",
+        "kv-quant:bits=2,recent=128",
+        "kv-tiers:q8=256",
+    ),
+}
 
 
 def opened(model: Any, setting: str) -> cmr.Session:
@@ -36,18 +69,20 @@ def opened(model: Any, setting: str) -> cmr.Session:
 def divergences(
     model: Any, settings: Sequence[str], text: str, depths: Sequence[int], n: int, most: int
 ) -> None:
-    """Print mean KL, agreement and KV bytes a token of each setting at each depth."""
+    """Print mean KL of each setting at each depth, agreement and KV bytes a token at the last."""
     tokens = model.tokenizer.encode(text, bos=True)
-    print("| setting | depth | KL, nats | 99 % | same first | KV bytes a token |\n|---|---|---|---|---|---|")
+    heads = [f"KL at {depth}" for depth in depths]
+    print(f"| setting | {' | '.join(heads)} | same token at {depths[-1]} | KV bytes a token |")
+    print("|---" * (len(depths) + 3) + "|")
     for setting in settings:
-        for depth in depths:
-            found = divergence_at_depth(model, setting.split("+"), tokens, depth, n, stretches=most)
-            d = found.divergence
-            print(
-                f"| `{setting}` | {depth} | {d.mean:.5f} ± {d.stderr:.5f} | {d.p99:.4f} "
-                f"| {d.same_top:.1%} | {found.kv_bytes:.0f} of {found.base_kv_bytes:.0f} |",
-                flush=True,
-            )
+        found = [
+            divergence_at_depth(model, setting.split("+"), tokens, depth, n, stretches=most)
+            for depth in depths
+        ]
+        cells = [f"{one.divergence.mean:.5f} ± {one.divergence.stderr:.5f}" for one in found]
+        last = found[-1]
+        cells += [f"{last.divergence.same_top:.1%}", f"{last.kv_bytes:.0f} of {last.base_kv_bytes:.0f}"]
+        print(f"| `{setting}` | {' | '.join(cells)} |", flush=True)
 
 
 class Run:
@@ -162,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("settings", nargs="*", help="plugins with options, joined by + within a setting")
+    parser.add_argument("--table", choices=TABLES, help="measure what a table of plugins/README.md has, too")
     parser.add_argument("--text", type=Path, help="measure divergence on this text")
     parser.add_argument("--depths", default="128,512,950")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens at each depth")
@@ -173,6 +209,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
     args = parser.parse_intermixed_args()
+    args.settings += TABLES.get(args.table, ())
     model = cmr.open_model(args.model, threads=args.threads, context=args.context)
     if args.text:
         depths = [int(depth) for depth in args.depths.split(",")]

@@ -26,6 +26,7 @@ from cmr import Session, open_model  # noqa: E402
 from cmr.eval import divergence_at_depth  # noqa: E402
 from cmr_plugins.kv_evict.policies import POLICIES  # noqa: E402
 
+
 def settings(policies: list[str], variants: list[str]) -> Iterator[str]:
     """Yield options of the plugin: the control with as many late slots as any policy protects, then each policy.
 
@@ -48,9 +49,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
         def figures(setting: str, budget: str) -> dict[str, Any]:
             plugin = f"kv-evict:{setting},budget={budget},{args.common}".rstrip(",")
-            found = divergence_at_depth(
-                model, [plugin], tokens, args.depth, args.n, stretches=args.stretches
-            )
+            found = divergence_at_depth(model, [plugin], tokens, args.depth, args.n, stretches=args.stretches)
             return {
                 "setting": setting.removeprefix("policy="),
                 "budget": budget,

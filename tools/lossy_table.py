@@ -63,16 +63,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, closing(model):
         with closing(open_model(write_recaller(Path(folder) / "recaller.gguf"), threads=1)) as recaller:
             for setting in args.settings or SETTINGS:
-                cells = [f"`{setting}`", *_tried(3, lambda: _quality(args, model, tokens, setting))]
-                cells += _tried(3, lambda: _recall(recaller, setting))
-                cells += _tried(2, lambda: speeds.of(setting)) if speeds else []
+                cells = [f"`{setting}`", *_tried(3, _quality, args, model, tokens, setting)]
+                cells += _tried(3, _recall, recaller, setting)
+                cells += _tried(2, speeds.of, setting) if speeds else []
                 print(row(cells), flush=True)
 
 
-def _tried(count: int, measure: Callable[[], list[str]]) -> list[str]:
+def _tried(count: int, measure: Callable[..., list[str]], *args: Any) -> list[str]:
     """Return cells, or dashes where a setting does not go with a model."""
     try:
-        return measure()
+        return measure(*args)
     except CMRError as error:
         print(error, file=sys.stderr)
         return ["–"] * count

@@ -52,8 +52,8 @@ _HOMES = {
 
 __all__ = [
     "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Notes", "Pages",
-    "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "cache_folder",
-    "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache",
+    "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from cmr.ops.attention import AttentionOps, Call, value_blocks, widened
-from cmr.ops.kernels import attend
 from cmr.ops.kernels import pages as kernels
+from cmr.ops.kernels.attend import SEGMENT
 from cmr.ops.launcher import address_of
 from cmr.ops.records import FLOATS, Pages, Segment
 
@@ -38,7 +38,7 @@ class PageOps(AttentionOps):
         work = q.size * (min(pages.slots, segment.most) + most)
         start = self._run("attend_pages", work, fields, False, 1)
         if self._program is not None:
-            self._program.counts.append(start + len(kernels.PAGES) + attend.SEGMENT.index("used"))
+            self._program.counts.append(start + len(kernels.PAGES) + SEGMENT.index("used"))
             # With the next page the edges change, which are no job.
             self._program.limit = (segment.most // pages.size + 1) * pages.size - 1
 

@@ -24,7 +24,9 @@ def reduce_many(v, accs):
     Each step adds to half of the lanes of two vectors the other half: one mask and one permutation for two sums.
     """
     lanes = range(16)
-    accs = [accs[int(f"{i:04b}"[::-1], 2)] for i in lanes]  # steps take the bits of an index from the highest on
+    accs = [
+        accs[int(f"{i:04b}"[::-1], 2)] for i in lanes
+    ]  # steps take the bits of an index from the highest on
     for step in (8, 4, 2, 1):
         own = [lane + (lane & step and 16) for lane in lanes]
         other = [lane ^ step for lane in own]
@@ -81,8 +83,7 @@ def _within(v, positions, low, high):
 def _all_seen(v, positions, count, q_pos, window, bounds):
     """Whether a query sees every slot, by the first and the last, as positions increase."""
     first, last = (
-        v.b.sext(v.load(v.add(positions, v.mul(at, 4)), I32), I64)
-        for at in (v.i(0), v.sub(count, 1))
+        v.b.sext(v.load(v.add(positions, v.mul(at, 4)), I32), I64) for at in (v.i(0), v.sub(count, 1))
     )
     near = v.b.or_(v.compare(window, "==", 0), v.compare(v.sub(q_pos, first), "<", window))
     seen = v.b.and_(v.compare(last, "<=", q_pos), near)
