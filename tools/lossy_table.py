@@ -41,7 +41,7 @@ SETTINGS = (
     *(f"kv-evict:policy={policy},budget=256" for policy in POLICIES),
     "attn-window:window=256",
     "attn-pages:size=16,top=8,first=0",
-    "attn-pages",
+    "attn-pages:top=24",
     "attn-block:dense=512",
     "attn-pattern:kind=strided,width=128,step=8",
     "attn-extend:group=4,window=256",
