@@ -1,12 +1,14 @@
 """Measure what attention plugins cost and save: divergence at depths, and times at a depth, settings taking turns.
 
 python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt attn-window:window=256 attn-window:window=64
+python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt --table attention
 python tools/bench_attention.py model.gguf --decode 4096 attn-pages [--rounds 15] [--threads 2]
 python tools/bench_attention.py model.gguf --prompt 4096 attn-block
 python tools/bench_attention.py model.gguf --prompt 512 --behind 3584 --rounds 4 attn-block
 
 Every run begins with the plain one. Several plugins in one setting are joined by +. Times at a depth are of steps
-over keys and values drawn at random, so that no prompt need be read first.
+over keys and values drawn at random, so that no prompt need be read first. The last line, "nothing before", are the
+same rows plain with nothing cached: what is left of a time where attention to what came before costs nothing.
 """
 
 from __future__ import annotations
@@ -24,29 +26,63 @@ import numpy as np
 import cmr
 from cmr.eval import divergence_at_depth
 
-PLAIN = "plain"
+PLAIN, NOTHING = "plain", "nothing before"
+# The settings of the tables in plugins/README.md.
+TABLES = {
+    "attention": (
+        *(f"attn-window:window={window}" for window in (512, 256, 128)),
+        "attn-window:window=256,sinks=0",
+        "attn-pages:size=16,top=24,recent=4,first=0",
+        "attn-pages:size=32,top=12,recent=2,first=0",
+        "attn-pages:size=16,top=8,recent=4,first=0",
+        "attn-pages:size=16,top=0,recent=12,first=0",
+        "attn-pattern:kind=local,width=192",
+        "attn-pattern:kind=strided,width=128,step=8",
+        "attn-pattern:kind=dilated,width=192,step=4",
+        "attn-pattern:kind=random,width=128,share=0.1",
+        "attn-pattern:kind=multi-scale,width=64",
+        *(f"early-exit:sure={sure}" for sure in (0, 0.5, 0.7, 0.9)),
+        *(f"early-exit:sure={sure},after=[4]" for sure in (0, 0.7)),
+        "attn-block:dense=512",
+        *(f"attn-block:vertical={n},slash={m},dense=512" for n, m in ((4, 2), (2, 2), (0, 0))),
+    ),
+    "kv": (
+        "kv-quant:bits=8",
+        "kv-quant:k=q8_0,v=q4_0",
+        "kv-quant:bits=5",
+        "kv-quant:bits=4",
+        "kv-quant:k=q4_0,v=q4_0",
+        "kv-quant:k=q4_0,v=q4_0,rotate=false",
+        "kv-quant:k=q4_0,v=q4_0,recent=64",
+        "kv-quant:bits=2",
+        "kv-quant:bits=2,recent=128",
+        "kv-tiers:q8=256",
+    ),
+}
 
 
 def opened(model: Any, setting: str) -> cmr.Session:
     """Open a session with the plugins of a setting."""
-    return cmr.Session.open(model, [] if setting == PLAIN else setting.split("+"))
+    return cmr.Session.open(model, [] if setting in (PLAIN, NOTHING) else setting.split("+"))
 
 
 def divergences(
     model: Any, settings: Sequence[str], text: str, depths: Sequence[int], n: int, most: int
 ) -> None:
-    """Print mean KL, agreement and KV bytes a token of each setting at each depth."""
+    """Print mean KL of each setting at each depth, agreement and KV bytes a token at the last."""
     tokens = model.tokenizer.encode(text, bos=True)
-    print("| setting | depth | KL, nats | 99 % | same first | KV bytes a token |\n|---|---|---|---|---|---|")
+    heads = [f"KL at {depth}" for depth in depths]
+    print(f"| setting | {' | '.join(heads)} | same token at {depths[-1]} | KV bytes a token |")
+    print("|---" * (len(depths) + 3) + "|")
     for setting in settings:
-        for depth in depths:
-            found = divergence_at_depth(model, setting.split("+"), tokens, depth, n, stretches=most)
-            d = found.divergence
-            print(
-                f"| `{setting}` | {depth} | {d.mean:.5f} ± {d.stderr:.5f} | {d.p99:.4f} "
-                f"| {d.same_top:.1%} | {found.kv_bytes:.0f} of {found.base_kv_bytes:.0f} |",
-                flush=True,
-            )
+        found = [
+            divergence_at_depth(model, setting.split("+"), tokens, depth, n, stretches=most)
+            for depth in depths
+        ]
+        cells = [f"{one.divergence.mean:.5f} ± {one.divergence.stderr:.5f}" for one in found]
+        last = found[-1]
+        cells += [f"{last.divergence.same_top:.1%}", f"{last.kv_bytes:.0f} of {last.base_kv_bytes:.0f}"]
+        print(f"| `{setting}` | {' | '.join(cells)} |", flush=True)
 
 
 class Run:
@@ -61,6 +97,7 @@ class Run:
 
     def fill(self, depth: int) -> None:
         """Put random keys and values into every cache; each setting gets the same."""
+        depth = 0 if self.setting == NOTHING else depth
         rng = np.random.default_rng(0)
         for start in range(0, depth, 512):
             n = min(512, depth - start)
@@ -70,6 +107,12 @@ class Run:
                 v = rng.standard_normal((n, cache.kv_heads, cache.dim_v), np.float32)
                 cache.append(k, v, pos)
         self.seq.cached = depth
+
+    def back(self, depth: int) -> None:
+        """Forget everything behind a depth."""
+        for cache in self.seq.caches:
+            cache.rollback(0 if self.setting == NOTHING else depth)
+        self.seq.cached = 0 if self.setting == NOTHING else depth
 
     def step(self, n: int, prompt: bool) -> None:
         """Run one step of n rows and note how long it took."""
@@ -113,9 +156,7 @@ def behind(model: Any, settings: Sequence[str], count: int, depth: int, rounds: 
     for turn in range(rounds + 1):
         for run in runs:
             run.step(count, prompt=True)
-            for cache in run.seq.caches:
-                cache.rollback(depth)
-            run.seq.cached = depth
+            run.back(depth)
             if not turn:
                 run.times.clear()
     show(runs, f"seconds of {count} rows of a prompt behind {depth}", 1.0, statistics.median)
@@ -126,27 +167,28 @@ def prompt(model: Any, settings: Sequence[str], count: int, chunk: int = 512) ->
     runs = [Run(model, setting) for setting in settings]
     for run in runs:  # compile, and touch the weights
         run.step(64, prompt=True)
-        for cache in run.seq.caches:
-            cache.rollback(0)
-        run.seq.cached = 0
+        run.back(0)
         run.times.clear()
     for start in range(0, count, chunk):
         for run in runs:
             run.step(min(chunk, count - start), prompt=True)
+            if run.setting == NOTHING:
+                run.back(0)
     show(runs, f"seconds of a prompt of {count}", 1.0, sum)
 
 
 def show(runs: Sequence[Run], title: str, unit: float, summary: Any) -> None:
     """Print a table of times, and of ratios taken within rounds."""
-    print(f"| setting | {title} | of plain, median (quartiles of rounds) | KV MB |\n|---|---|---|---|")
+    print(f"| setting | {title} | of plain | quartiles of rounds | KV MB |\n|---|---|---|---|---|")
     base = runs[0].times
     for run in runs:
         ratios = sorted(a / b for a, b in zip(run.times, base))
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        whole = sum(run.times) / sum(base) if summary is sum else statistics.median(ratios)
         held = sum(cache.nbytes for cache in run.seq.caches) / 1e6
         print(
-            f"| `{run.setting}` | {summary(run.times) * unit:.4g} "
-            f"| {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | {held:.1f} |"
+            f"| `{run.setting}` | {summary(run.times) * unit:.4g} | {whole:.2f} | {low:.2f} to {high:.2f} "
+            f"| {held:.1f} |"
         )
 
 
@@ -155,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("settings", nargs="*", help="plugins with options, joined by + within a setting")
+    parser.add_argument("--table", choices=TABLES, help="measure what a table of plugins/README.md has, too")
     parser.add_argument("--text", type=Path, help="measure divergence on this text")
     parser.add_argument("--depths", default="128,512,950")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens at each depth")
@@ -166,17 +209,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
     args = parser.parse_intermixed_args()
+    args.settings += TABLES.get(args.table, ())
     model = cmr.open_model(args.model, threads=args.threads, context=args.context)
     if args.text:
         depths = [int(depth) for depth in args.depths.split(",")]
         text = args.text.read_text("utf-8")
         divergences(model, args.settings, text, depths, args.tokens, args.stretches)
     if args.decode:
-        decode(model, [PLAIN, *args.settings], args.decode, args.rounds)
+        decode(model, [PLAIN, *args.settings, NOTHING], args.decode, args.rounds)
     if args.prompt and args.behind:
-        behind(model, [PLAIN, *args.settings], args.prompt, args.behind, args.rounds)
+        behind(model, [PLAIN, *args.settings, NOTHING], args.prompt, args.behind, args.rounds)
     elif args.prompt:
-        prompt(model, [PLAIN, *args.settings], args.prompt)
+        prompt(model, [PLAIN, *args.settings, NOTHING], args.prompt)
 
 
 if __name__ == "__main__":

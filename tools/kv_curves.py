@@ -26,42 +26,44 @@ from cmr import Session, open_model  # noqa: E402
 from cmr.eval import divergence_at_depth  # noqa: E402
 from cmr_plugins.kv_evict.policies import POLICIES  # noqa: E402
 
-COLUMNS = ("setting", "budget", "bytes a token", "KL", "+-", "same top", "asked", "unasked")
-
 
 def settings(policies: list[str], variants: list[str]) -> Iterator[str]:
-    """Yield options of the plugin: each policy, alone and with each variant; the control as they protect the last."""
-    for late in sorted({POLICIES[policy].late for policy in policies} - {POLICIES["random"].late}):
-        yield f"policy=random,recent={late}"
-    for policy in policies:
-        yield f"policy={policy}"
-        for variant in variants:
-            yield f"policy={policy},{variant}"
+    """Yield options of the plugin: the control with as many late slots as any policy protects, then each policy.
+
+    Each comes alone and with each variant, none twice.
+    """
+    found = [f"policy=random,recent={late:g}" for late in sorted({POLICIES[name].late for name in policies})]
+    for name in policies:
+        if name != "random":
+            found += [f"policy={name}", *(f"policy={name},{variant}" for variant in variants)]
+    found += [f"policy=random,{variant}" for variant in variants]
+    yield from dict.fromkeys(found)
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each setting under each budget."""
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Yield the figures of each setting under all budgets."""
     model = open_model(args.model, threads=args.threads)
     tokens = model.tokenizer.encode(Path(args.text).read_text("utf-8")[: args.characters])
     with tempfile.TemporaryDirectory() as folder:
         recaller = open_model(write_recaller(Path(folder) / "recaller.gguf"), threads=1)
+
+        def figures(setting: str, budget: str) -> dict[str, Any]:
+            plugin = f"kv-evict:{setting},budget={budget},{args.common}".rstrip(",")
+            found = divergence_at_depth(model, [plugin], tokens, args.depth, args.n, stretches=args.stretches)
+            return {
+                "setting": setting.removeprefix("policy="),
+                "budget": budget,
+                "bytes a token": found.kv_bytes,
+                "full": found.base_kv_bytes,
+                "KL": found.divergence.mean,
+                "+-": found.divergence.stderr,
+                "same top": found.divergence.same_top,
+                "asked": recalled(recaller, plugin, True),
+                "unasked": recalled(recaller, plugin, False),
+            }
+
         for setting in settings(args.policies, args.variants):
-            for budget in args.budgets:
-                plugin = f"kv-evict:{setting},budget={budget},{args.common}".rstrip(",")
-                found = divergence_at_depth(
-                    model, [plugin], tokens, args.depth, args.n, stretches=args.stretches
-                )
-                yield {
-                    "setting": setting.removeprefix("policy="),
-                    "budget": budget,
-                    "bytes a token": found.kv_bytes,
-                    "full": found.base_kv_bytes,
-                    "KL": found.divergence.mean,
-                    "+-": found.divergence.stderr,
-                    "same top": found.divergence.same_top,
-                    "asked": recalled(recaller, plugin, True),
-                    "unasked": recalled(recaller, plugin, False),
-                }
+            yield [figures(setting, budget) for budget in args.budgets]
         recaller.close()
     model.close()
 
@@ -77,12 +79,17 @@ def row(values: list[Any]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def text_of(figures: dict[str, Any]) -> str:
-    """Write a setting's figures as a line of the table."""
-    shown = [f"{figures[name]:.3f}" if isinstance(figures[name], float) else str(figures[name])
-             for name in COLUMNS]  # fmt: skip
-    shown[2] = f"{figures['bytes a token']:.0f}"
-    return row(shown)
+def head(budgets: list[str]) -> str:
+    """Write the head of the table: KL and both kinds of recall, each under every budget."""
+    names = [f"{what} {budget}" for what in ("KL at", "asked,", "unasked,") for budget in budgets]
+    return f"{row(['policy', *names])}\n{row(['---', *['---:'] * len(names)])}"
+
+
+def text_of(found: list[dict[str, Any]]) -> str:
+    """Write a setting's figures under all budgets as a line of the table."""
+    cells = [f"{one['KL']:.3f} ± {one['+-']:.3f}" for one in found]
+    cells += [f"{one[kind]:.0%}" for kind in ("asked", "unasked") for one in found]
+    return row([f"`{found[0]['setting']}`", *cells])
 
 
 def main() -> None:
@@ -103,10 +110,10 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     args.variants = [variant for variant in args.variants if variant]
-    print(row(list(COLUMNS)), row(["---"] + ["---:"] * (len(COLUMNS) - 1)), sep="\n", flush=True)
+    print(head(args.budgets), flush=True)
     found = []
     for figures in measure(args):
-        found.append(figures)
+        found += figures
         print(text_of(figures), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1), "utf-8")

@@ -6,18 +6,19 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from cmr import LayerCache, hookimpl, plugin
+from cmr import LayerCache, Notes, hookimpl, plugin
 
 TILE = 64  # slots that prompts read at once
 SPAN = 512  # positions that share a pattern
-PROBES = 8  # queries just before a span from which its pattern is made
+PROBES = SPAN // TILE  # queries from which a pattern is made: the last of each tile of the span before
 
 
 class BlockCache(LayerCache):
     """The plain cache, with the patterns of its spans and the queries that they are made from.
 
-    A pattern depends on positions alone: it is made from the last queries before the span and all keys
-    before it. So chunks of a prompt do not show in it.
+    A pattern depends on positions alone: it is made from queries of the span before and all keys before it. So
+    chunks of a prompt do not show in it. These queries lie a tile apart, so that what all of them look at, a
+    column, moves from one to the next among their distances, and a band among their slots.
     """
 
     def __init__(self, *args: Any, vertical: int, slash: int, dense: int, **kwargs: Any) -> None:
@@ -25,7 +26,6 @@ class BlockCache(LayerCache):
         self.probes: dict[int, np.ndarray] = {}
         self.seen: dict[int, int] = {}
         self.patterns: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.looked = self.left = 0
         super().__init__(*args, **kwargs)
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: Any, out: np.ndarray, prompt: bool) -> None:
@@ -39,10 +39,10 @@ class BlockCache(LayerCache):
         for start, stop in zip(starts, [*starts[1:], len(q_pos)]):
             rows = slice(start, stop)
             (segment,) = self.segments()
-            segment.tiles = self._tiles(int(q_pos[start]) // TILE)
+            segment.tiles = self._tiles(int(q_pos[start]) // TILE, rule)
             self.ops.attend(q[rows], q_pos[rows], [segment], rule, out[rows], True)
 
-    def _tiles(self, block: int) -> np.ndarray | None:
+    def _tiles(self, block: int, rule: Any) -> np.ndarray | None:
         """The tiles that a block of rows looks at, uint8 [kv_heads, tiles]; None for all."""
         span = block * TILE // SPAN
         if span * SPAN < self.dense:
@@ -51,48 +51,36 @@ class BlockCache(LayerCache):
         if pattern is None:
             if self.seen.get(span, 0) < PROBES:
                 return None
-            pattern = self.patterns[span] = self._pattern(span)
+            pattern = self.patterns[span] = self._pattern(span, rule)
         columns, bands = pattern
+        many = bands.shape[1]
         tiles = np.zeros((self.kv_heads, -(-self.used // TILE)), np.uint8)
-        tiles[:, : columns.shape[1]] = columns
-        for head, band in zip(*np.nonzero(bands)):
-            tiles[head, max(0, block - band - 1) : max(0, block - band) + 1] = 1
+        tiles[:, :many] = columns
+        for nearest in (block, block - 1):  # the rows of a block meet 64 distances in two tiles
+            tiles[:, nearest - many + 1 : nearest + 1] |= bands[:, ::-1]
         tiles[:, 0] = 1
-        tiles[:, min(block - 2, span * SPAN // TILE) :] = (
-            1  # what came since the pattern was made, and neighbours
-        )
-        self.looked += int(tiles[:, : block + 1].sum())
-        self.left += tiles[:, : block + 1].size
+        tiles[:, min(block - 2, many) :] = 1  # what came since the pattern was made, and neighbours
         return tiles
 
-    def _pattern(self, span: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pattern(self, span: int, rule: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return the span's columns of tiles and its bands of distances, bool [kv_heads, tiles] each."""
         probes, end = self.probes[span], span * SPAN
         self.probes = {other: kept for other, kept in self.probes.items() if other >= span}
         (segment,) = self.segments()
-        group = probes.shape[1] // self.kv_heads
-        queries = probes.reshape(PROBES, self.kv_heads, group, self.dim).transpose(1, 0, 2, 3)
-        queries = queries.reshape(self.kv_heads, -1, self.dim) * np.float32(self.dim**-0.5)
-        columns, bands = np.zeros((2, self.kv_heads, end // TILE), bool)
-        later = np.arange(PROBES)[:, None] < np.arange(PROBES)  # probe i is at end - PROBES + i
-        for head in range(self.kv_heads):
-            scores = queries[head] @ segment.k[head, :end].astype(np.float32).T
-            scores = scores.reshape(PROBES, group, end)
-            scores[:, :, end - PROBES :][np.broadcast_to(later[:, None], (PROBES, group, PROBES))] = -np.inf
-            scores -= scores.max(-1, keepdims=True)
-            np.exp(scores, out=scores)
-            weights = np.einsum("igs,ig->is", scores, 1 / scores.sum(-1))
-            # Entry d: what lies d positions before a probe.
-            by_distance = sum(np.roll(weights[i], PROBES - 1 - i)[::-1] for i in range(PROBES))
-            _mark(columns[head], weights.sum(0), self.vertical)
-            _mark(bands[head], np.asarray(by_distance), self.slash)
-        return columns, bands
+        segment.used = end
+        rows = np.zeros((PROBES, self.kv_heads, end), np.int32)
+        notes = Notes(np.zeros((self.kv_heads, end), np.int64), 0, rows)
+        pos = np.arange(end - SPAN + TILE - 1, end, TILE, dtype=np.int32)
+        out = np.empty((*probes.shape[:2], self.dim_v), np.float32)
+        self.ops.attend(probes, pos, [segment], rule, out, False, notes)
+        weights = rows.reshape(PROBES, self.kv_heads, -1, TILE).sum(-1)
+        by_distance = sum(np.roll(weights[i], PROBES - 1 - i, -1) for i in range(PROBES))
+        return _most(weights.sum(0), self.vertical), _most(np.asarray(by_distance)[:, ::-1], self.slash)
 
     def _keep_probes(self, q: np.ndarray, q_pos: np.ndarray) -> None:
-        """Keep the queries just before a span begins."""
-        places = q_pos % SPAN - (SPAN - PROBES)
-        for row in np.flatnonzero(places >= 0):
-            span, place = int(q_pos[row]) // SPAN + 1, int(places[row])
+        """Keep the last query of each tile for the span that follows its own."""
+        for row in np.flatnonzero(q_pos % TILE == TILE - 1):
+            span, place = int(q_pos[row]) // SPAN + 1, int(q_pos[row]) % SPAN // TILE
             if span * SPAN < self.dense:
                 continue
             if span not in self.probes:
@@ -105,13 +93,13 @@ class BlockCache(LayerCache):
         super().rollback(pos)
         for span in [span for span in self.seen if span * SPAN > pos]:
             self.patterns.pop(span, None)
-            self.seen[span] = max(0, pos - (span * SPAN - PROBES))
+            self.seen[span] = min(self.seen[span], max(0, pos - (span - 1) * SPAN) // TILE)
 
     def can_rollback_to(self, pos: int) -> bool:
         """Whether nothing that a later pattern is made from would be missing."""
-        lost = (pos + PROBES) % SPAN < PROBES and pos % SPAN and pos // SPAN + 1 not in self.probes
-        known = pos // SPAN + 1 in self.seen
-        return super().can_rollback_to(pos) and not (lost and known)
+        span = pos // SPAN + 1
+        lost = pos % SPAN >= TILE and span in self.seen and span not in self.probes
+        return super().can_rollback_to(pos) and not lost
 
     def clear(self) -> None:
         """Forget everything and free it."""
@@ -119,10 +107,11 @@ class BlockCache(LayerCache):
         self.probes, self.seen, self.patterns = {}, {}, {}
 
 
-def _mark(tiles: np.ndarray, weights: np.ndarray, count: int) -> None:
-    """Set the `count` tiles of TILE weights that hold the most."""
-    sums = weights[: len(tiles) * TILE].reshape(-1, TILE).sum(1)
-    tiles[np.argsort(-sums, kind="stable")[:count]] = True
+def _most(weights: np.ndarray, count: int) -> np.ndarray:
+    """Return where in each row the `count` largest are, bool [rows, columns]."""
+    found = np.zeros(weights.shape, bool)
+    np.put_along_axis(found, np.argsort(-weights, axis=1, kind="stable")[:, :count], True, axis=1)
+    return found
 
 
 @plugin
@@ -130,7 +119,7 @@ class AttnBlock:
     """Read long prompts sparsely: tiles under the heaviest columns and diagonals of each key head.
 
     After the vertical-slash pattern of Jiang et al. 2024 (MInference), https://arxiv.org/abs/2407.02490, made
-    anew for every 512 positions. Generated tokens attend to everything.
+    anew for every 512 positions from eight queries of the ones before. Generated tokens attend to everything.
     """
 
     exact = False

@@ -59,27 +59,39 @@ class PageCache(LayerCache):
             self.edges[:, start:stop, 1] = some.max(2)
         self.done = whole
 
+    @property
+    def replayable(self) -> bool:
+        """Whether the next append and attend are jobs of the op table: where every row chooses pages."""
+        return not self.ragged and self.used >= self.most_dense
+
     # -- whatever moves slots makes edges wrong --
+
+    def _forget(self, done: int) -> None:
+        """Take only the edges of the first pages for right."""
+        if done < self.done:
+            self.changed()
+        self.done = done
 
     def keep(self, slots: Any) -> None:
         """Evict all slots but these."""
         super().keep(slots)
-        self.done = 0
+        self._forget(0)
 
     def rollback(self, pos: int) -> None:
         """Forget every position from pos on."""
         super().rollback(pos)
-        self.done = 0 if self.ragged else min(self.done, self.used // self.size)
+        self._forget(0 if self.ragged else min(self.done, self.used // self.size))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Replace the contents by a snapshot."""
         super().restore(state)
-        self.done = 0
+        self._forget(0)
 
     def clear(self) -> None:
         """Forget everything and free it."""
         super().clear()
-        self.done, self.edges = 0, None
+        self._forget(0)
+        self.edges = None
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cmr.discovery import plugin
     from cmr.errors import CMRError, FileError, ModelError, PluginError, RequestError
     from cmr.eval.depth import DepthProbe
+    from cmr.evidence import Notes
     from cmr.folders import cache_folder
     from cmr.hookspecs import hookimpl
     from cmr.kvcache import AttnRule, LayerCache
@@ -32,6 +33,7 @@ _HOMES = {
     "FileError": "errors",
     "LayerCache": "kvcache",
     "ModelError": "errors",
+    "Notes": "evidence",
     "Pages": "ops.records",
     "PluginError": "errors",
     "Request": "sequence",
@@ -49,9 +51,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Pages", "PluginError",
-    "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "cache_folder",
-    "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Notes", "Pages",
+    "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache",
+    "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Notes:
     since: int
     rows: np.ndarray | None = None
     fold: int = 0
+    places: Any = None  # what an op table works out once for these arrays
 
 
 class Noted:
@@ -38,6 +40,7 @@ class Noted:
         self.kv_heads, self.start = kv_heads, start
         self._rows: np.ndarray  # the latest rows of generated tokens,
         self._whole: np.ndarray | None = None  # or what a prompt's rows added up to
+        self._notes: Notes  # where those rows go
         self.clear()
 
     def clear(self) -> None:
@@ -54,7 +57,7 @@ class Noted:
     def notes(self, q_pos: np.ndarray, prompt: bool) -> Notes | None:
         """Return where an attention of queries at q_pos, int32 [n] increasing, notes; None if none counts."""
         n = len(q_pos)
-        first, stop = q_pos.item(0), q_pos.item(n - 1) + 1
+        first, stop = q_pos.item(0), q_pos.item(-1) + 1
         if stop <= self.since:
             return None
         if prompt:
@@ -62,14 +65,15 @@ class Noted:
             self._whole = np.zeros_like(self.sums)
             self._first, self._stop, self._n = first, stop, 1
             return Notes(self._whole, self.since)
-        fold = self._n
-        if self._whole is not None or self._rows.shape[1:] != self.sums.shape or len(self._rows) < n:
+        notes = self._notes
+        if notes.sums is not self.sums or len(self._rows) < n:
             self.add()
-            self._rows, fold = np.zeros((n, *self.sums.shape), np.int32), 0
-        elif fold:
+            self._rows = np.zeros((n, *self.sums.shape), np.int32)
+            notes = self._notes = Notes(self.sums, self.since, self._rows)
+        elif self._n:
             self.floor = self._stop
-        self._first, self._stop, self._n = first, stop, n
-        return Notes(self.sums, self.since, self._rows, fold)
+        notes.fold, self._first, self._stop, self._n = self._n, first, stop, n
+        return notes
 
     def add(self) -> None:
         """Add the latest rows to the sums for good."""
@@ -109,4 +113,5 @@ class Noted:
 
     def _forget(self) -> None:
         self._rows, self._whole = np.zeros((0, self.kv_heads, 0), np.int32), None
+        self._notes = Notes(self._rows, self.since)
         self._first = self._stop = self._n = 0

@@ -164,6 +164,10 @@ class LayerCache:
         """Whether append and attend are each one job of the op table, over arrays that stay where they are."""
         return self._stock and self.pos.ndim == 1 and self.noted is None
 
+    def changed(self) -> None:
+        """Let no step that was recorded run again: what its jobs read is no longer what it was."""
+        self.generation = next(GENERATIONS)
+
     @property
     def ragged(self) -> bool:
         """Whether heads hold different slots."""
@@ -292,7 +296,7 @@ class LayerCache:
 
     def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
         self.k, self.v, self._pos = k, v, pos
-        self.generation = next(GENERATIONS)
+        self.changed()
         self.pos = pos if ragged else pos[0]
 
     def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

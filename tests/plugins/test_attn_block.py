@@ -84,7 +84,7 @@ def test_rollback_leaves_what_a_new_cache_would_have():
     keys, queries = random(1100)
     cache = made()
     wanted = feed(cache, keys, queries, [1100])
-    for back in (1090, 1030, 1024, 1020, 600, 490):
+    for back in (1090, 1030, 1024, 1020, 600, 30):
         assert cache.can_rollback_to(back)
         cache.rollback(back)
         out = np.empty_like(queries[back:])
@@ -92,7 +92,7 @@ def test_rollback_leaves_what_a_new_cache_would_have():
         cache.append(keys[back:], keys[back:], pos)
         cache.attend(queries[back:], pos, cmr.AttnRule(), out, True)
         assert np.array_equal(out, wanted[back:]), back
-    assert not cache.can_rollback_to(509)  # the queries behind it went with their span
+    assert not cache.can_rollback_to(490)  # the queries behind it went with their span
 
 
 def test_tokens_change_only_where_something_is_left_out():

@@ -25,6 +25,33 @@ def test_beside(other):
     assert beside(other, [SMALL], LONG) == alone([SMALL], LONG)
 
 
+def test_steps_are_run_again_between_whole_pages(monkeypatch):
+    """Recorded steps leave Python's attend out, and give the same tokens as steps that are not recorded."""
+    calls, attend = [], PageCache.attend
+
+    def counted(self, *args):
+        calls.append(len(self))
+        attend(self, *args)
+
+    monkeypatch.setattr(PageCache, "attend", counted)
+    found = alone([SMALL], LONG[:1])
+    recorded = len(calls)
+    monkeypatch.setattr(PageCache, "replayable", False)
+    assert alone([SMALL], LONG[:1]) == found
+    assert recorded < (len(calls) - recorded) / 2
+
+
+def test_a_rollback_over_whole_pages_lets_no_recorded_step_run():
+    made = cache()
+    filled(made, 300)
+    attended(made)
+    before = made.generation
+    made.rollback(295)
+    assert made.generation == before
+    made.rollback(280)
+    assert made.generation != before
+
+
 def test_more_pages_are_closer_and_chosen_pages_beat_the_newest():
     tokens = tiny().tokenizer.encode(STORY * 8, bos=True)
 

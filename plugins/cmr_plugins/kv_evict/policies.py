@@ -28,9 +28,10 @@ def random(held: Held) -> np.ndarray:
 
 
 def h2o(held: Held) -> np.ndarray:
-    """The slots that got the most attention from all queries so far (Zhang et al. 2023, "H2O: heavy-hitter
-    oracle", arXiv:2306.14048)."""
-    return held.weights
+    """The slots that got the most attention from all queries so far, on average over those that could see them
+    (Zhang et al. 2023, "H2O: heavy-hitter oracle", arXiv:2306.14048). Their plain sums favour early slots, whatever
+    they hold, and beat random slots by little."""
+    return held.weights / (held.positions.max() + 1 - held.positions)
 
 
 def tova(held: Held) -> np.ndarray:
@@ -70,7 +71,7 @@ class Policy:
 
 POLICIES = {
     "recent": Policy(recent),
-    "h2o": Policy(h2o, 0.5, "cumulative-weights"),
+    "h2o": Policy(h2o, 0.25, "cumulative-weights"),
     "tova": Policy(tova, 0.125, "window-weights", 1),
     "snapkv": Policy(snapkv, 0.125, "window-weights"),
     "keydiff": Policy(keydiff, 0.5),

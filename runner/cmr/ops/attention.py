@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from cmr.evidence import BLOCK, Notes
-from cmr.ops.kernels import attend, attention, jobs, noting
+from cmr.ops.kernels import attention, generated, jobs, noting, prompts
+from cmr.ops.kernels.attend import SEGMENT
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
 from cmr.ops.launcher import Launcher, address_of, float_bits
@@ -65,9 +66,11 @@ class Call:
         notes = self.notes
         if notes is None:
             return NO_NOTES
-        sums, rows = notes.sums, notes.rows
-        places = (0, 0, 0) if rows is None else (address_of(rows), rows.strides[0], rows.strides[1])
-        return (address_of(sums), sums.strides[0], *places, notes.fold, notes.since, room, each)
+        if notes.places is None:
+            sums, rows = notes.sums, notes.rows
+            places = (0, 0, 0) if rows is None else (address_of(rows), rows.strides[0], rows.strides[1])
+            notes.places = (address_of(sums), sums.strides[0], *places)
+        return (*notes.places, notes.fold, notes.since, room, each)
 
 
 class AttentionOps(Launcher):
@@ -143,10 +146,10 @@ class AttentionOps(Launcher):
         """Attention of a prompt's rows, a running softmax over tiles of slots."""
         dim, dim_v, group = call.q.shape[2], call.out.shape[2], call.group
         blocks = value_blocks(dim_v)
-        scratch = self._threads_scratch(attend.prompt_scratch_bytes(group, dim, dim_v))
+        scratch = self._threads_scratch(prompts.scratch_bytes(group, dim, dim_v))
         multiply = (self.kernel("small_gemm:4:0"), self.kernel(f"small_gemm:{blocks}:1"), blocks)
         notes = call.note_fields(*self._notes_room(call)) if call.notes else NO_NOTES
-        tokens = attend.prompt_tokens(group)
+        tokens = prompts.tokens(group)
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
             kernels = (_reader("load_tile", segment.k_type, "1"), f"load_tile:{segment.v_type}:0")
@@ -159,8 +162,8 @@ class AttentionOps(Launcher):
         dim_v = call.out.shape[2]
         tile = min(4, 1 << (n * call.group - 1).bit_length())
         pieces = [max(1, -(-segment.most // attention.PIECE)) for segment in call.segments]
-        partials = self._partials.reach(n * heads * sum(pieces) * attend.piece_bytes(dim_v))
-        scratch = self._threads_scratch(attend.decode_scratch_bytes(dim_v))
+        partials = self._partials.reach(n * heads * sum(pieces) * generated.piece_bytes(dim_v))
+        scratch = self._threads_scratch(generated.scratch_bytes(dim_v))
         room = 0
         if call.notes is not None:
             kv_heads = len(call.segments[0].k)
@@ -172,18 +175,18 @@ class AttentionOps(Launcher):
             fields += self._segment(call, segment, count, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
-            self._note(call, pieces, start + len(attend.DECODE))
+            self._note(call, pieces, start + len(generated.FIELDS))
 
     def _notes_room(self, call: Call) -> tuple[int, int]:
         """Room for the weights of a prompt's work items: address, and bytes for each thread."""
-        each = noting.prompt_room_bytes(attend.prompt_tokens(call.group) * call.group, call.slots)
+        each = noting.prompt_room_bytes(prompts.tokens(call.group) * call.group, call.slots)
         each = (each + 63) // 64 * 64
         return self._notes.reach(each * self._pool.threads), each
 
     def _segment(
         self, call: Call, segment: Segment, pieces: int, kernels: tuple[str, str]
     ) -> tuple[int, ...]:
-        """The fields attend.SEGMENT."""
+        """The fields SEGMENT."""
         k, v, used, tiles = segment.k, segment.v, segment.used, segment.tiles
         q = call.q if segment.q is None else segment.q
         return (
@@ -204,7 +207,7 @@ class AttentionOps(Launcher):
         for at, (segment, count) in enumerate(zip(call.segments, pieces)):
             if not segment.grows:
                 continue
-            place = attend.SEGMENT.index("used") + at * len(attend.SEGMENT)
+            place = SEGMENT.index("used") + at * len(SEGMENT)
             program.counts.append(start + place)
             few = segment.most + -call.slots % BLOCK if alone else program.limit
             program.limit = min(program.limit, few, count * attention.PIECE)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import attend, grouped, jobs, pages, turning
+from cmr.ops.kernels import generated, grouped, jobs, pages, prompts, turning
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.threads import Pool
 from cmr.ops.program import Program, Stretch
@@ -27,8 +27,8 @@ JOBS = {
     "store_rows": jobs.STORE_ROWS,
     "store_groups": grouped.STORE_GROUPS,
     "turn_rows": turning.TURN_ROWS,
-    "attend_decode": attend.DECODE,
-    "attend_prompt": attend.PROMPT,
+    "attend_decode": generated.FIELDS,
+    "attend_prompt": prompts.FIELDS,
     "attend_pages": pages.PAGES,
 }
 SMALL_WORK = 32768  # elements below which one thread is faster than waking others

@@ -9,6 +9,7 @@ import numpy as np
 
 from cmr.ops.attention import AttentionOps, Call, value_blocks, widened
 from cmr.ops.kernels import pages as kernels
+from cmr.ops.kernels.attend import SEGMENT
 from cmr.ops.launcher import address_of
 from cmr.ops.records import FLOATS, Pages, Segment
 
@@ -34,12 +35,19 @@ class PageOps(AttentionOps):
             *(self.kernel(f"page_bound:{tile}:{FLOATS[edges.dtype.char]}"), self.kernel("scale_row")),
             *self._segment(call, segment, 0, (f"scores:{tile}:{segment.k_type}", read_v)),
         )
-        self._run("attend_pages", q.size * (min(pages.slots, segment.most) + most), fields, False, 1)
+        work = q.size * (min(pages.slots, segment.most) + most)
+        start = self._run("attend_pages", work, fields, False, 1)
+        if self._program is not None:
+            self._program.counts.append(start + len(kernels.PAGES) + SEGMENT.index("used"))
+            # With the next page the edges change, which are no job.
+            self._program.limit = (segment.most // pages.size + 1) * pages.size - 1
 
     def _attend_pages_padded(
         self, q: np.ndarray, q_pos: np.ndarray, segment: Segment, pages: Pages, rule: Any, out: np.ndarray
     ) -> None:
         """As attend_pages for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""
+        if self._program is not None:
+            self._program.whole = False  # the copies are no jobs
         k, v = map(widened, segment.held())
         edges = pages.edges
         flat = widened(edges.reshape(len(edges), -1, edges.shape[3]))

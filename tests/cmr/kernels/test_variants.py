@@ -102,7 +102,7 @@ def test_the_plain_variant_agrees_to_rounding(sample, native):
 
 ASSEMBLY = """
 import re, sys
-from cmr.ops.kernels import attend, gemm, jobs
+from cmr.ops.kernels import gemm, jobs, prompts
 from cmr.ops.kernels.compiler import compile_native
 from cmr.ops.kernels.emit import TARGET
 keys = [key for name in ("Q6_K", "IQ4_NL") for key in gemm.piece_keys(name).values()]

@@ -19,15 +19,19 @@ NEVER = float("-inf")
 
 
 def reduce_many(v, accs):
-    """Sum the lanes of 16 vectors into one vector of 16 sums, each in the same order as the others."""
-    width = 16
-    while len(accs) > 1:
-        merged = []
-        for a, b in zip(accs[::2], accs[1::2]):
-            even = v.shuffle(a, b, range(0, 2 * width, 2))
-            odd = v.shuffle(a, b, range(1, 2 * width, 2))
-            merged.append(v.b.fadd(even, odd))
-        accs = merged
+    """Sum the lanes of 16 vectors into one vector of 16 sums, each in the same order as the others.
+
+    Each step adds to half of the lanes of two vectors the other half: one mask and one permutation for two sums.
+    """
+    lanes = range(16)
+    accs = [
+        accs[int(f"{i:04b}"[::-1], 2)] for i in lanes
+    ]  # steps take the bits of an index from the highest on
+    for step in (8, 4, 2, 1):
+        own = [lane + (lane & step and 16) for lane in lanes]
+        other = [lane ^ step for lane in own]
+        pairs = zip(accs[::2], accs[1::2])
+        accs = [v.b.fadd(v.shuffle(a, b, own), v.shuffle(a, b, other)) for a, b in pairs]
     return accs[0]
 
 
@@ -76,6 +80,19 @@ def _within(v, positions, low, high):
     return v.b.and_(above, v.b.icmp_signed("<=", positions, high))
 
 
+def _all_seen(v, positions, count, q_pos, window, bounds):
+    """Whether a query sees every slot, by the first and the last, as positions increase."""
+    first, last = (
+        v.b.sext(v.load(v.add(positions, v.mul(at, 4)), I32), I64) for at in (v.i(0), v.sub(count, 1))
+    )
+    near = v.b.or_(v.compare(window, "==", 0), v.compare(v.sub(q_pos, first), "<", window))
+    seen = v.b.and_(v.compare(last, "<=", q_pos), near)
+    if bounds:
+        low, high = bounds
+        seen = v.b.and_(seen, v.b.and_(v.compare(first, ">=", low), v.compare(last, "<", high)))
+    return seen
+
+
 def _capped(v, s, scale, cap, capped):
     """scale*s, and the soft cap where there is one."""
     slot = v.variable(v.b.fmul(s, scale))
@@ -99,13 +116,20 @@ def softmax(v, args, bounded="0"):
     never = fill(F32, lanes, NEVER)
     high = v.variable(never)
     index = const(I32, range(lanes))
-    with v.loop(0, count, lanes) as at:
+    bounds = args[10:12] if bounded == "1" else None
+    plain = v.b.and_(v.b.not_(capped), _all_seen(v, positions, count, q_pos, window, bounds))
+    free = v.choose(plain, v.b.and_(count, v.i(-lanes)), 0)
+    with v.loop(0, free, lanes) as at:
+        s = v.b.fmul(v.load(v.add(row, v.mul(at, 4)), F32, lanes), scale_v)
+        v.store(v.add(row, v.mul(at, 4)), s)
+        v.set(high, v.fmax(s, v.get(high)))
+    with v.loop(free, count, lanes) as at:
         left = v.splat(v.b.trunc(v.sub(count, at), I32), lanes)
         inside = v.b.icmp_signed("<", index, left)
         held = _positions(v, positions, at, count, lanes)
         seen = _visible(v, held, q_pos, window, sinks, lanes)
-        if bounded == "1":
-            seen = v.b.and_(seen, _within(v, held, *args[10:12]))
+        if bounds:
+            seen = v.b.and_(seen, _within(v, held, *bounds))
         s = _capped(v, v.load(v.add(row, v.mul(at, 4)), F32, lanes), scale_v, cap_v, capped)
         s = v.b.select(v.b.and_(inside, seen), s, never)
         v.store(v.add(row, v.mul(at, 4)), s)

@@ -28,10 +28,29 @@ def _tile_bytes(rows):
     return rows * (4 * TILE + 4) + 64
 
 
-def _units(v, weights, factor, total):
-    """total + weights * factor, rounded, as 16 whole numbers."""
-    units = v.fma(weights, v.splat(factor, 16), fill(F32, 16, 0.5))
-    return v.b.add(total, v.b.fptosi(units, vec(I32, 16)))
+def _columns(v, count, body, wide=4):
+    """Write body(column, vectors) for the columns below `count`: `wide` vectors of 16 at once, then one by one.
+
+    The last vector may reach beyond `count`; weights are zero there.
+    """
+    whole = v.b.and_(count, v.i(-16 * wide))
+    with v.loop(0, whole, 16 * wide) as column:
+        body(column, wide)
+    with v.loop(whole, count, 16) as column:
+        body(column, 1)
+
+
+def _totals(v, vectors):
+    """Variables of 16 whole numbers each, zero whenever this place is reached."""
+    return [v.variable(fill(I32, 16, 0)) for _ in range(vectors)]
+
+
+def _add_units(v, totals, weights, factor):
+    """Add weights * factor, rounded, to totals."""
+    factor = v.splat(factor, 16)
+    for k, total in enumerate(totals):
+        units = v.fma(v.load(v.add(weights, 64 * k), F32, 16), factor, fill(F32, 16, 0.5))
+        v.set(total, v.b.add(v.get(total), v.b.fptosi(units, vec(I32, 16))))
 
 
 def piece_room(v, view, g, piece):
@@ -56,14 +75,18 @@ def note_piece(v, view, scratch, g, piece, count, column, partial):
             factor = _piece_factor(v, partial(query, piece), partial(query, v.i(0)))
             v.store(v.add(scratch, v.mul(i, 4)), v.b.select(late, factor, F32(0.0)), 4)
         there = v.add(rows, v.mul(row, f["rows_row"]))
-        with v.loop(0, count, 16) as at:
-            total = _zeros(v)
+
+        def columns(at, vectors, first=first, there=there):
+            totals = _totals(v, vectors)
             with v.loop(0, view.group) as i:
                 factor = v.load(v.add(scratch, v.mul(i, 4)), F32)
                 with v.when(v.b.fcmp_ordered(">", factor, F32(0.0))):
                     weights = v.add(room, v.mul(v.add(first, i), 4 * PIECE), v.mul(at, 4))
-                    v.set(total, _units(v, v.load(weights, F32, 16), factor, v.get(total)))
-            v.store(v.add(there, v.mul(at, 4)), v.get(total))
+                    _add_units(v, totals, weights, factor)
+            for k, total in enumerate(totals):
+                v.store(v.add(there, v.mul(at, 4), 64 * k), v.get(total))
+
+        _columns(v, count, columns)
 
 
 def finish_piece(v, partial):
@@ -75,22 +98,20 @@ def finish_piece(v, partial):
     v.store(v.add(partial, 20), v.b.select(none, F32(0.0), inverse), 4)
 
 
-def _zeros(v):
-    """A variable of 16 whole numbers, zero whenever this place is reached."""
-    total = v.variable(fill(I32, 16, 0))
-    v.set(total, fill(I32, 16, 0))
-    return total
-
-
 def _fold(v, f, rows, sums, count):
     """Add the first rows, which the attention before left, to the sums."""
-    with v.loop(0, count, 16) as at:
-        total = _zeros(v)
+
+    def columns(at, vectors):
+        totals = _totals(v, vectors)
         with v.loop(0, f["fold"]) as row:
             there = v.add(rows, v.mul(row, f["rows_row"]), v.mul(at, 4))
-            v.set(total, v.b.add(v.get(total), v.load(there, I32, 16)))
-        target = v.add(sums, v.mul(at, 8))
-        v.store(target, v.b.add(v.load(target, I64, 16), v.b.sext(v.get(total), vec(I64, 16))))
+            for k, total in enumerate(totals):
+                v.set(total, v.b.add(v.get(total), v.load(v.add(there, 64 * k), I32, 16)))
+        for k, total in enumerate(totals):
+            target = v.add(sums, v.mul(at, 8), 128 * k)
+            v.store(target, v.b.add(v.load(target, I64, 16), v.b.sext(v.get(total), vec(I64, 16))))
+
+    _columns(v, count, columns)
 
 
 def _piece_factor(v, partial, first):
@@ -137,7 +158,7 @@ class ItemRoom:
         v.store(v.add(self.inverses, v.mul(i, 4)), v.b.select(counts, v.b.fdiv(F32(ONE), safe), F32(0.0)), 4)
 
     def note_tile(self, segment, at, count):
-        """Add a tile's weights to the notes, which other threads add to as well."""
+        """Add a tile's weights to the notes."""
         v, weights = self.v, self.weights(at)
         tops = v.add(weights, self.tops_at)
         with v.loop(0, self.m, 16) as i:
@@ -147,14 +168,21 @@ class ItemRoom:
             )
             v.store(v.add(self.factors, there), v.b.fmul(v.exp(v.b.fsub(top, final)), inverse))
         head = v.mul(segment.head, self.view.f["sums_head"])
-        with v.loop(0, count, 16) as column:
-            total = _zeros(v)
+
+        def columns(column, vectors):
+            totals = _totals(v, vectors)
             with v.loop(0, self.m) as i:
                 here = v.add(weights, v.mul(i, 4 * TILE), v.mul(column, 4))
-                factor = v.load(v.add(self.factors, v.mul(i, 4)), F32)
-                v.set(total, _units(v, v.load(here, F32, 16), factor, v.get(total)))
-            target = v.add(self.view.f["sums"], head, v.mul(v.add(at, column), 8))
-            wide = v.b.sext(v.get(total), vec(I64, 16))
-            for lane in range(16):
-                place = v.b.inttoptr(v.add(target, 8 * lane), I64.as_pointer())
-                v.b.atomic_rmw("add", place, v.lane(wide, lane), "monotonic")
+                _add_units(v, totals, here, v.load(v.add(self.factors, v.mul(i, 4)), F32))
+            for k, total in enumerate(totals):
+                self._add_atomically(v.add(head, v.mul(v.add(at, column), 8), 128 * k), v.get(total))
+
+        _columns(v, count, columns)
+
+    def _add_atomically(self, offset, total):
+        """Add 16 whole numbers to the sums, which other threads add to as well."""
+        v, target = self.v, self.v.add(self.view.f["sums"], offset)
+        wide = v.b.sext(total, vec(I64, 16))
+        for lane in range(16):
+            place = v.b.inttoptr(v.add(target, 8 * lane), I64.as_pointer())
+            v.b.atomic_rmw("add", place, v.lane(wide, lane), "monotonic")

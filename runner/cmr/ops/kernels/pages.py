@@ -13,12 +13,14 @@ from .attention import PIECE, reduce_many
 from .emit import call_kernel, emitter, write
 from .stored import span, unpack
 from .threads import COUNTERS, draw
-from .vector import F32, I32, I64, fill
+from .vector import F32, I32, I64, const, fill, vec
 
 PAGES = (
     *SHARED,
     *("edges", "edges_stride", "edges_row", "page", "first", "last", "top", "most", "bound", "scale_row"),
 )
+
+LEAST = -(2**31)  # below every key of a page
 
 
 def scratch_bytes(group, tile, dim_v, pages):
@@ -50,12 +52,13 @@ def page_bound(v, args, heads, type):
             low = [unpack(v, type, row, d) for row in rows]
             high = [unpack(v, type, v.add(row, half), d) for row in rows]
             for i in range(span(type) // 16):
-                parts = [v.load(v.add(q, v.mul(d, 4), 64 * i), F32, 16) for q in qs]
-                for h in range(heads):
+                for h, q in enumerate(qs):
+                    part = v.load(v.add(q, v.mul(d, 4), 64 * i), F32, 16)
+                    up = v.b.fcmp_ordered(">", part, fill(F32, 16, 0.0))
                     for s in range(pages):
-                        acc = accs[h * pages + s]
-                        best = v.fmax(v.b.fmul(parts[h], low[s][i]), v.b.fmul(parts[h], high[s][i]))
-                        v.set(acc, v.b.fadd(best, v.get(acc)))
+                        # Summed in the order of scores, so that not even rounding brings a bound below a score.
+                        acc, edge = accs[h * pages + s], v.b.select(up, high[s][i], low[s][i])
+                        v.set(acc, v.fma(part, edge, v.get(acc)))
         sums = reduce_many(v, [v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * pages, pages)
@@ -107,7 +110,7 @@ class _Item:
         """Choose pages, then attend to them with a few query heads at a time."""
         v, f = self.v, self.f
         group, tile = self.view.group, f["tile"]
-        least = v.variable(I32(-(2**31)))
+        least = v.variable(I32(LEAST))
         spare = v.variable(v.i(0))
         with v.when(v.compare(self.ranked, ">", f["top"])):
             self._rank()
@@ -142,24 +145,34 @@ class _Item:
             call_kernel(
                 v, f["bound"], self.queries, edges, f["edges_row"], self.ranked, f["dim"], out, self.wide
             )
+        never = fill(F32, 16, float("-inf"))
         with v.loop(0, group) as h:
-            bounds = v.add(self.bounds, v.mul(h, self.wide))
-            top = v.variable(F32(float("-inf")))
-            with v.loop(0, self.ranked) as page:
-                v.set(top, v.fmax(v.load(v.add(bounds, v.mul(page, 4)), F32), v.get(top)))
-            with v.loop(0, self.ranked) as page:
+            bounds, top = v.add(self.bounds, v.mul(h, self.wide)), v.variable(never)
+            with v.loop(0, self.ranked, 16) as page:
+                bound = v.load(v.add(bounds, v.mul(page, 4)), F32, 16)
+                v.set(top, v.fmax(v.b.select(self._inside(page), bound, never), v.get(top)))
+            highest = v.splat(v.reduce(v.get(top), v.fmax), 16)
+            with v.loop(0, self.ranked, 16) as page:
                 there = v.add(self.keys, v.mul(page, 4))
-                near = v.b.fsub(v.load(v.add(bounds, v.mul(page, 4)), F32), v.get(top))
-                bits = v.b.bitcast(near, I32)
-                key = v.b.xor(bits, v.b.and_(v.b.ashr(bits, I32(31)), I32(0x7FFFFFFF)))
-                before = v.load(there, I32)
-                better = v.b.or_(v.compare(h, "==", 0), v.b.icmp_signed(">", key, before))
-                v.store(there, v.b.select(better, key, before), 4)
+                near = v.b.fsub(v.load(v.add(bounds, v.mul(page, 4)), F32, 16), highest)
+                bits = v.b.bitcast(near, vec(I32, 16))
+                sign = v.b.ashr(bits, fill(I32, 16, 31))
+                key = v.b.xor(bits, v.b.and_(sign, fill(I32, 16, 0x7FFFFFFF)))
+                first = v.splat(v.compare(h, "==", 0), 16)
+                before = v.b.select(first, fill(I32, 16, LEAST), v.load(there, I32, 16))
+                better = v.b.and_(self._inside(page), v.b.icmp_signed(">", key, before))
+                v.store(there, v.b.select(better, key, before))
+
+    def _inside(self, page):
+        """Which of 16 pages from one on are ranked; the keys of others are LEAST."""
+        v = self.v
+        left = v.b.trunc(v.sub(self.ranked, page), I32)
+        return v.b.icmp_signed("<", const(I32, range(16)), v.splat(left, 16))
 
     def _threshold(self, least, spare):
         """least = the `top`-th highest key, by halving; spare = how many pages with that very key are chosen."""
         v, top = self.v, self.f["top"]
-        low, high = v.variable(v.i(-(2**31))), v.variable(v.i(2**31))
+        low, high = v.variable(v.i(LEAST)), v.variable(v.i(2**31))
         with v.loop(0, 32):
             middle = v.b.ashr(v.add(v.get(low), v.get(high)), v.i(1))
             enough = v.compare(self._count(middle), ">=", top)
@@ -169,20 +182,15 @@ class _Item:
         v.set(spare, v.sub(top, self._count(v.add(v.get(low), 1))))
 
     def _count(self, bound):
-        """How many keys reach a bound (int64)."""
+        """How many keys reach a bound (int64, above LEAST)."""
         v = self.v
         total = v.variable(fill(I32, 16, 0))
-        whole = v.b.and_(self.ranked, v.i(-16))
         # The highest key is far below the highest integer, so a bound of 2**31 may wrap without harm.
         bound_v = v.splat(v.b.trunc(bound, I32), 16)
-        with v.loop(0, whole, 16) as at:
+        with v.loop(0, self.ranked, 16) as at:
             hit = v.b.icmp_signed(">=", v.load(v.add(self.keys, v.mul(at, 4)), I32, 16), bound_v)
-            v.set(total, v.b.add(v.get(total), v.b.zext(hit, fill(I32, 16, 0).type)))
-        rest = v.variable(v.b.zext(v.reduce(v.get(total), v.b.add), I64))
-        with v.loop(whole, self.ranked) as at:
-            hit = v.b.icmp_signed(">=", v.load(v.add(self.keys, v.mul(at, 4)), I32), v.b.trunc(bound, I32))
-            v.set(rest, v.add(v.get(rest), v.b.zext(hit, I64)))
-        return v.get(rest)
+            v.set(total, v.b.add(v.get(total), v.b.zext(hit, vec(I32, 16))))
+        return v.b.zext(v.reduce(v.get(total), v.b.add), I64)
 
     def _choose(self, least, spare):
         """List the pages to attend to, in order; their number."""

@@ -1,0 +1,52 @@
+"""The tools that print the tables of lossy settings: what they name is there, and a line says what it should."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from tests.beside import STORY, tiny
+from tests.planted import write_recaller
+
+import cmr
+
+pytest.importorskip("numba")
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+table, attention, curves = load("lossy_table"), load("bench_attention"), load("kv_curves")
+EVERY = {*table.SETTINGS, *attention.TABLES["attention"], *attention.TABLES["kv"]}
+
+
+@pytest.mark.parametrize("setting", sorted(EVERY))
+def test_settings_run_on_the_bundled_model(setting):
+    cmr.Session.open(tiny(), setting.split("+")).close()
+
+
+def test_a_line_has_bytes_divergence_and_recall(tmp_path):
+    args = argparse.Namespace(depth=64, n=8, stretches=1)
+    share, far, same = table._quality(args, tiny(), tiny().tokenizer.encode(STORY), "kv-quant:bits=4")
+    assert share.endswith("(29%)") and far.startswith("0.0") and same.endswith("%")
+    recaller = cmr.open_model(write_recaller(tmp_path / "recaller.gguf"), threads=1)
+    assert table._recall(recaller, "kv-quant:bits=8") == ["100%"] * 3
+    asked, later, last = table._recall(recaller, "attn-window:window=64")
+    assert asked != "100%" != last
+    assert table._tried(3, table._recall, recaller, "early-exit:sure=0.7") == ["–"] * 3
+
+
+def test_every_policy_stands_beside_the_control_with_as_many_late_slots():
+    found = list(curves.settings(["h2o", "keydiff", "random"], ["recent=0.25"]))
+    assert found == list(dict.fromkeys(found))
+    assert {f"policy=random,recent={late}" for late in (0.125, 0.25, 0.5)} < set(found)
+    assert "policy=h2o,recent=0.25" in found
