@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmr.discovery import plugin
+    from cmr.diskspace import DiskError, DiskSpace
     from cmr.errors import CMRError, FileError, ModelError, PluginError, RequestError
     from cmr.eval.depth import DepthProbe
     from cmr.folders import cache_folder
@@ -29,6 +30,8 @@ _HOMES = {
     "AttnRule": "kvcache",
     "CMRError": "errors",
     "DepthProbe": "eval.depth",
+    "DiskError": "diskspace",
+    "DiskSpace": "diskspace",
     "FileError": "errors",
     "LayerCache": "kvcache",
     "ModelError": "errors",
@@ -49,9 +52,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Pages", "PluginError",
-    "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache", "cache_folder",
-    "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "AttnRule", "CMRError", "DepthProbe", "DiskError", "DiskSpace", "FileError", "LayerCache", "ModelError",
+    "Pages", "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier",
+    "TieredCache", "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

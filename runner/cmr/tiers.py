@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cmr.kvcache import GENERATIONS, AttnRule, LayerCache
+from cmr.diskcache import DiskCache
+from cmr.diskspace import DiskSpace
+from cmr.kvcache import AttnRule, LayerCache
 from cmr.ops.pack import FLOATS, GROUP, GROUPED, turn
 from cmr.ops.records import AGES, NO_AGE, PIECE, Segment
+from cmr.slots import GENERATIONS
 
 NEVER = 1 << 30  # an age that nothing reaches, a position that nothing has
 
@@ -37,6 +40,9 @@ class TieredCache:
     it came in: where a block is needed in two forms it is kept in both. The first `sinks` positions stay as
     they are. Turned keys or values are rotated by a Hadamard matrix, as in LayerCache.
 
+    With a `space` what the last tier holds lies on disk, and what is more than `disk` positions old leaves memory
+    whenever leave() is called: attention reads it from the file, in the same order, so not a bit changes.
+
     Each head holds the same slots: there is no keep_heads. Evicting by keep() leaves the forms as they are.
     """
 
@@ -54,15 +60,15 @@ class TieredCache:
         turned_k: bool = False,
         turned_v: bool = False,
         most: int | None = None,
+        disk: int = 0,
+        space: DiskSpace | None = None,
     ) -> None:
         self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
         self.tiers, self.sinks, self.turned = tuple(tiers), sinks, (turned_k, turned_v)
+        self.disk, self.space = disk, space
         self._check()
-        make = partial(LayerCache, ops, kv_heads, dim, dim_v)
-        room = [tier.until + _step(tier) if tier.until else most for tier in self.tiers]
-        self.stores = [make(k_type=t.k_type, v_type=t.v_type, most=m) for t, m in zip(self.tiers, room)]
-        newest = self.tiers[0]
-        self.pinned = make(k_type=newest.k_type, v_type=newest.v_type)
+        self.stores = [self._store_of(tier, tier.until + _step(tier) if tier.until else most) for tier in self.tiers]
+        self.pinned = self._store_of(self.tiers[0], None)
         self._packed = 0  # positions below are in the lower tiers
         self._changed()
 
@@ -80,6 +86,15 @@ class TieredCache:
             raise ValueError("the first tier holds originals, as F16 or F32")
         if any(a >= b for a, b in zip(ends, ends[1:])) or ends[0] < 1:
             raise ValueError("each tier reaches further back than the one before; 0, for all, comes last")
+        if self.space is not None and (len(ends) < 2 or not ends[-2] <= self.disk < ends[-1]):
+            raise ValueError("what lies on disk is as old as the last of several tiers, or older")
+
+    def _store_of(self, tier: Tier, most: int | None) -> Any:
+        """A store for the tokens of a tier: on disk for those of the last, if there is a space."""
+        sizes, types = (self.ops, self.kv_heads, self.dim, self.dim_v), (tier.k_type, tier.v_type)
+        if self.space is not None and tier is self.tiers[-1]:
+            return DiskCache(*sizes, k_type=types[0], v_type=types[1], most=most, space=self.space)
+        return LayerCache(*sizes, k_type=types[0], v_type=types[1], most=most)
 
     # -- writing --
 
@@ -202,6 +217,24 @@ class TieredCache:
             found.append((store, slice(*np.searchsorted(store.positions, [low, high]).tolist())))
         return [(self.pinned, slice(0, self.pinned.used)), *found[::-1]]
 
+    # -- what is on disk --
+
+    def leave(self) -> None:
+        """Let what is old enough leave memory, where there is a space; to be called after attention has read it."""
+        store, newest = self.stores[-1], self.stores[0]
+        if newest.used:
+            border = self._disk_border(int(newest.positions[-1]))
+            store.leave(int(np.searchsorted(store.positions, border)))
+
+    def _disk_border(self, last: int) -> int:
+        """The position from which on the last tier's tokens are in memory, when `last` is the newest one."""
+        # What no query reads there yet goes along: one range of memory is let go faster than one for each head.
+        return NEVER if self.disk == self.tiers[-2].until else _bound(last, self.disk)
+
+    def expect(self) -> None:
+        """Let what left memory come back without waiting for it; to be called a while before attention reads it."""
+        self.stores[-1].expect()
+
     # -- what there is --
 
     def __len__(self) -> int:
@@ -235,11 +268,11 @@ class TieredCache:
 
     @property
     def token_bytes(self) -> int:
-        """The bytes that one more position takes in the end."""
-        return self.stores[-1].token_bytes
+        """The bytes of memory that one more position takes in the end."""
+        return self.stores[-1].token_bytes if self.space is None else 4
 
     def bytes_at(self, slots: int) -> int:
-        """The bytes held with so many positions written, where tiers let go in steps."""
+        """The bytes of memory held with so many positions written, where tiers let go in steps."""
         first = self.tiers[0].until
         total = -(-min(self.sinks, slots) // AGES) * AGES * self.pinned.token_bytes
         total += min(slots, first + _step(self.tiers[0]) if first else slots) * self.stores[0].token_bytes
@@ -247,6 +280,9 @@ class TieredCache:
         for tier, store in zip(self.tiers[1:], self.stores[1:]):
             most = tier.until - first + _step(tier) - AGES if tier.until else packed
             total += min(packed, most) * store.token_bytes
+        if self.space is not None:
+            away = min(self._disk_border(slots - 1), packed, most)
+            total -= away * (self.stores[-1].token_bytes - 4)
         return total
 
     # -- what can be done with it --
