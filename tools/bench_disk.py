@@ -91,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("settings", nargs="+")
-    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[4096, 8192])
+    parser.add_argument(
+        "--depths", type=lambda text: [int(part) for part in text.split(",")], default=[4096, 8192]
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -26,7 +26,9 @@ class KvTiers:
     q8: Annotated[int, "tokens back to which q8_0 reaches (0: to the beginning)"] = 1024
     q4: Annotated[int, "tokens back to which 4 bits reach, older ones are evicted (0: to the beginning)"] = 0
     disk: Annotated[int, "tokens back from which on 4-bit ones lie on disk and not in memory (0: none)"] = 0
-    dir: Annotated[Path | None, "folder for the files, which have no names; CMR's cache folder if not given"] = None
+    dir: Annotated[
+        Path | None, "folder for the files, which have no names; CMR's cache folder if not given"
+    ] = None
     most: Annotated[str, "most bytes on disk; what is over that stays in memory"] = "64GB"
     sinks: Annotated[int, "first tokens that stay in f16 for good"] = 4
     rotate: Annotated[
@@ -42,12 +44,16 @@ class KvTiers:
             raise ValueError(
                 f"f16={self.f16}, q8={self.q8}, q4={self.q4}: each reaches further back than the one before"
             )
-        self.tiers, self.space = tuple(tiers), None
+        self.tiers = tuple(tiers)
+        self.space: DiskSpace | None = None
         if not self.disk:
-            self.on_attention = None  # pluggy then passes over it, and steps are recorded whole
+            # pluggy then passes over it, and steps are recorded whole
+            self.on_attention = None  # type: ignore[method-assign, assignment]
             return
         if not (self.q8 and self.q8 <= self.disk < ends[-1]):
-            raise ValueError(f"disk={self.disk} lies between q8={self.q8} and q4={self.q4}, where 4-bit tokens are")
+            raise ValueError(
+                f"disk={self.disk} lies between q8={self.q8} and q4={self.q4}, where 4-bit tokens are"
+            )
         self.space = DiskSpace(self.dir, read_size(self.most), _warn)
 
     @hookimpl

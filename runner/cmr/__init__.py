@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmr.discovery import plugin
+    from cmr.diskcache import DiskCache
     from cmr.diskspace import DiskError, DiskSpace
     from cmr.errors import CMRError, FileError, ModelError, PluginError, RequestError
     from cmr.eval.depth import DepthProbe
@@ -30,6 +31,7 @@ _HOMES = {
     "AttnRule": "kvcache",
     "CMRError": "errors",
     "DepthProbe": "eval.depth",
+    "DiskCache": "diskcache",
     "DiskError": "diskspace",
     "DiskSpace": "diskspace",
     "FileError": "errors",
@@ -52,8 +54,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "DepthProbe", "DiskError", "DiskSpace", "FileError", "LayerCache", "ModelError",
-    "Pages", "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier",
+    "AttnRule", "CMRError", "DepthProbe", "DiskCache", "DiskError", "DiskSpace", "FileError", "LayerCache",
+    "ModelError", "Pages", "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier",
     "TieredCache", "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from cmr.kvcache import LayerCache
 class DiskCache(LayerCache):
     """Keys and values in files; `away` slots, the first ones, leave memory when told to, and come when they are read.
 
-    Where there is no room on disk they stay in memory, and `space.trouble` says why.
+    Where there is no room on disk they are in memory, if the space has whom to tell, or a DiskError is raised.
     """
 
     away = 0
@@ -43,8 +43,7 @@ class DiskCache(LayerCache):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are allocated and not away."""
+        """The bytes in memory: of what lies in files neither what is away nor room that was not used yet."""
         away = min(self.away, len(self))
-        return super().nbytes - sum(
-            array[:, :away].nbytes for array in (*self.k, *self.v) if map_of(array) is not None
-        )
+        filed = [array for array in (*self.k, *self.v) if map_of(array) is not None]
+        return super().nbytes - sum(array.nbytes - array[:, away : len(self)].nbytes for array in filed)

@@ -1,4 +1,4 @@
-"""Arrays that lie on disk: in files without names, so that nothing is left of them when they, or the process, are gone."""
+"""Arrays that lie on disk: in files without names, of which nothing is left when they, or the process, are gone."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ class DiskSpace:
 
     Room is taken before anything is written, so a full disk is a DiskError here and never a crash later. `used`
     bytes are given back when an array goes. The system keeps in memory what it likes of the files (the page cache)
-    and takes that memory back when others need it. `tell` gets one sentence where somebody makes do with memory.
+    and takes that memory back when others need it. `tell` gets one sentence where caches make do with memory; without
+    it they fail.
     """
 
     def __init__(
         self,
         folder: Path | None = None,
         limit: float = math.inf,
-        tell: Callable[[str], object] = lambda sentence: None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         self.folder, self.limit, self.used = folder or cache_folder(), limit, 0
         self.tell, self.trouble = tell, ""
@@ -47,14 +48,18 @@ class DiskSpace:
         if not size:
             return np.zeros(shape, dtype)
         if self.used + size > self.limit:
-            raise DiskError(f"{size} bytes more than {self.used} on disk are over the limit of {self.limit:.0f}")
+            raise DiskError(
+                f"{size} bytes more than {self.used} on disk are over the limit of {self.limit:.0f}"
+            )
         map = self._map(size)
         self.used += size
         finalize(map, self._give_back, size)
         return np.frombuffer(map, dtype, count).reshape(shape)
 
     def complain(self, error: DiskError) -> None:
-        """Tell of the first failure, and note it."""
+        """Tell of the first failure, and note it; raise it where there is nobody to tell."""
+        if self.tell is None:
+            raise error
         if not self.trouble:
             self.trouble = str(error)
             self.tell(self.trouble)
@@ -75,7 +80,7 @@ class DiskSpace:
 
 
 def leave(array: np.ndarray, slots: int) -> None:
-    """Let the first slots of each head, [heads, capacity, ...], leave this process's memory; they stay in their file."""
+    """Let the first slots of each head, [heads, capacity, ...], leave memory; they stay in their file."""
     _advise(array, slots, "MADV_DONTNEED")
 
 

@@ -94,6 +94,10 @@ class Slots:
         self._set(k, v, np.empty((1, 0), np.int32), ragged=False)
         self.used = 0
 
+    def changed(self) -> None:
+        """Let no step run again as it was recorded: a subclass says so when it begins to read in another way."""
+        self.generation = next(GENERATIONS)
+
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """Return room for keys or values."""
         return zeros(shape, dtype)
@@ -104,7 +108,7 @@ class Slots:
 
     def _set(self, k: list[np.ndarray], v: list[np.ndarray], pos: np.ndarray, ragged: bool) -> None:
         self.k, self.v, self._pos = k, v, pos
-        self.generation = next(GENERATIONS)
+        self.changed()
         self.pos = pos if ragged else pos[0]
 
     def _blank(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
@@ -186,4 +190,3 @@ class Slots:
         new = self.zeros(array.shape, array.dtype)
         new[...] = array
         return new
-

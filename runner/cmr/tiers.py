@@ -67,7 +67,9 @@ class TieredCache:
         self.tiers, self.sinks, self.turned = tuple(tiers), sinks, (turned_k, turned_v)
         self.disk, self.space = disk, space
         self._check()
-        self.stores = [self._store_of(tier, tier.until + _step(tier) if tier.until else most) for tier in self.tiers]
+        self.stores = [
+            self._store_of(tier, tier.until + _step(tier) if tier.until else most) for tier in self.tiers
+        ]
         self.pinned = self._store_of(self.tiers[0], None)
         self._packed = 0  # positions below are in the lower tiers
         self._changed()
