@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmr.ages import Tier
     from cmr.discovery import plugin
     from cmr.diskcache import DiskCache
     from cmr.diskspace import DiskError, DiskSpace
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cmr.sampling import SamplerSettings
     from cmr.sequence import Request
     from cmr.session import Session
-    from cmr.tiers import Tier, TieredCache
+    from cmr.tiers import TieredCache
     from cmr.tokenizer import open_tokenizer
 
 __version__ = "0.1.0"
@@ -43,7 +44,7 @@ _HOMES = {
     "RequestError": "errors",
     "SamplerSettings": "sampling",
     "Segment": "ops.records",
-    "Tier": "tiers",
+    "Tier": "ages",
     "TieredCache": "tiers",
     "Session": "session",
     "cache_folder": "folders",

@@ -15,7 +15,7 @@ FLOORS = [
     {"gguf_header"},
     {"gguf_file", "rope"},
     {"ops", "config"},
-    {"slots"},
+    {"slots", "ages"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},
     {"diskcache"},
     {"tiers", "weights", "arena", "replay"},
