@@ -104,11 +104,29 @@ class PagedCache(LayerCache):
     def _retrieved(self, q: np.ndarray) -> Segment:
         """The sinks, and the pages that a row q [1, heads, dim] retrieves."""
         chosen = self._chosen(q[0].reshape(self.kv_heads, -1, self.dim))
-        if self.fetched is None or not np.array_equal(chosen, self.fetched):
-            self.fetched = chosen
-            self.held = [self._fetch(*pair, chosen) for pair in zip(self.near, self._pages())]
+        if self.fetched is None or self.fetched.shape != chosen.shape:
+            self.fetched = np.full(chosen.shape, -1)
+            slots = self.sinks + chosen.shape[1] * self.size
+            self.held = [np.empty((self.kv_heads, slots, a.shape[2]), a.dtype) for a in self.near]
+            for held, near in zip(self.held, self.near):
+                held[:, : self.sinks] = near
+        for head in np.flatnonzero((chosen != self.fetched).any(1)):
+            self._fetch(int(head), chosen[head])
         k, v = self.held
         return Segment(k, v, np.arange(k.shape[1], dtype=np.int32), k.shape[1], q=q)
+
+    def _fetch(self, head: int, chosen: np.ndarray) -> None:
+        """Put the chosen pages of a head behind its sinks, in order: from disk what is not there for an earlier row."""
+        assert self.disk is not None and self.fetched is not None
+        known = np.isin(chosen, self.fetched[head])
+        before = np.searchsorted(self.fetched[head], chosen[known])
+        self.fetched[head] = -1  # should this be interrupted
+        for held, disk in zip(self.held, (self.disk.k[0], self.disk.v[0])):
+            there = held[head, self.sinks :].reshape(len(chosen), self.size, -1)
+            pages = disk[head].reshape(-1, self.size, disk.shape[2])
+            there[known] = there[before]
+            there[~known] = pages[chosen[~known]]
+        self.fetched[head] = chosen
 
     def _chosen(self, q: np.ndarray) -> np.ndarray:
         """The pages nearest to queries [kv_heads, group, dim], in order: [kv_heads, top or fewer]."""
@@ -121,19 +139,6 @@ class PagedCache(LayerCache):
         close = (scores - scores.max(1, keepdims=True)).max(2)
         best = np.argpartition(close, self.paged - self.top, axis=1)[:, self.paged - self.top :]
         return np.sort(best, axis=1)
-
-    def _pages(self) -> list[np.ndarray]:
-        """Keys and values on disk by pages: [kv_heads, pages, size, dim]."""
-        assert self.disk is not None
-        return [a[0].reshape(self.kv_heads, -1, self.size, a[0].shape[2]) for a in (self.disk.k, self.disk.v)]
-
-    def _fetch(self, sinks: np.ndarray, pages: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Copy the sinks and the chosen pages together: [kv_heads, slots, dim]."""
-        heads = np.arange(self.kv_heads)[:, None]
-        out = np.empty((self.kv_heads, self.sinks + chosen.shape[1] * self.size, sinks.shape[2]), sinks.dtype)
-        out[:, : self.sinks] = sinks
-        out[:, self.sinks :] = pages[heads, chosen].reshape(self.kv_heads, -1, sinks.shape[2])
-        return out
 
     # -- what there is, and what becomes of it --
 
