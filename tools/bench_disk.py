@@ -3,8 +3,8 @@
 python tools/bench_disk.py model.gguf [--depths 4096,8192] [--rounds 7] kv-tiers kv-tiers:disk=1024
 
 Settings take turns; keys and values are drawn at random, so that no prompt need be read first. Each setting is timed as
-it comes (warm) and, where it has files, once more with nothing of them in the page cache (cold). Memory is what the
-process has resident of itself (RssAnon) and of those files, between tokens. Linux only.
+it comes (warm) and with nothing of its files in the page cache (cold). Memory is what the caches hold of it, what is
+resident of the files, and, of use where there is one setting, what is resident of the process. Linux only.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def cool() -> None:
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def resident() -> tuple[int, int]:
-    """Return the bytes of memory of the process's own that are resident, and those of the files."""
-    own = sum(int(line.split()[1]) for line in _lines("status") if line.startswith(("RssAnon", "RssShmem")))
+def resident() -> tuple[float, float]:
+    """Return the megabytes that are resident of the process, and of those files."""
     mapped, inside = 0, False
     for line in _lines("smaps"):
         if "-" in line.split(" ", 1)[0]:
             inside = line.endswith("(deleted)") and "/dev/zero" not in line
         elif inside and line.startswith("Rss:"):
             mapped += int(line.split()[1])
-    return 1024 * own, 1024 * mapped
+    whole = next(int(line.split()[1]) for line in _lines("smaps_rollup") if line.startswith("Rss:"))
+    return whole * 1024 / 1e6, mapped * 1024 / 1e6
 
 
 def _lines(name: str) -> list[str]:
@@ -60,13 +60,12 @@ def measure(model: object, settings: list[str], depth: int, rounds: int) -> None
     """Print each setting's memory and times at a depth."""
     runs, memory = [], []
     for setting in settings:
-        before = resident()
         run = Run(model, setting)
         run.fill(depth)
         for _ in range(3):
             run.step(1, prompt=False)
         gc.collect()
-        memory.append([after - earlier for after, earlier in zip(resident(), before)])
+        memory.append(resident())
         runs.append(run)
     warm, cold = ({id(run): [] for run in runs} for _ in range(2))
     for _ in range(rounds):
@@ -79,10 +78,10 @@ def measure(model: object, settings: list[str], depth: int, rounds: int) -> None
             began = perf_counter()
             run.step(1, prompt=False)
             cold[id(run)].append(perf_counter() - began)
-    for run, (own, mapped) in zip(runs, memory):
+    for run, (process, mapped) in zip(runs, memory):
         times = (f"{1000 * statistics.median(found[id(run)]):.1f}" for found in (warm, cold))
-        held = sum(cache.nbytes for cache in run.seq.caches)
-        sizes = (f"{size / 1e6:.1f}" for size in (own, mapped, held))
+        held = sum(cache.nbytes for cache in run.seq.caches) / 1e6
+        sizes = (f"{size:.1f}" for size in (held, mapped, process))
         print("| " + " | ".join([f"`{run.setting}`", str(depth), *sizes, *times]) + " |", flush=True)
 
 
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    print("| setting | depth | own MB | of files MB | caches say MB | warm ms | cold ms |")
+    print("| setting | depth | KV in memory, MB | of files | process | warm ms | cold ms |")
     print("|---|---|---|---|---|---|---|")
     for depth in args.depths:
         model = cmr.open_model(args.model, threads=args.threads, context=depth + 4096)
