@@ -2,10 +2,10 @@
 
 python tools/bench_context.py --text STORIES context:policy=shift context:policy=page,top=8
 
-Perplexity of the bundled model beyond its trained length; perplexity of a passage that comes again 780 tokens later, in
-a context of 384; and the share of right answers of a model built by hand that recalls everything, with 2000 tokens of
-text and a context of 512. The first row is the plain run with a context that holds all. All tokens but the first are fed
-as if generated.
+Perplexity of the bundled model beyond its trained length; perplexity of a passage that comes again 780 tokens later,
+in a context of 384; and the share of right answers of a model built by hand that recalls everything, with 2000 tokens
+of text and a context of 512. The first row is the plain run with a context that holds all. All tokens but the first
+are fed as if generated.
 """
 
 from __future__ import annotations
