@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from cmr import LayerCache, PluginError, Segment, hookimpl, plugin
+from cmr_plugins.turning import turned
 
 BLOCK = 64  # where near ends and far begins moves in steps of this many positions
 
@@ -35,27 +36,11 @@ class ExtendCache(LayerCache):
         if not keys:
             return (x.astype(self.dtype),)
         shift = self.shift if len(self.shift) == x.shape[1] else np.zeros(x.shape[1], np.int64)
-        return x.astype(self.dtype), self.turned(x, shift).astype(self.dtype)
+        return x.astype(self.dtype), turned(x, shift, self.inv_freq, self.pairing).astype(self.dtype)
 
     def decode(self, packed: tuple[np.ndarray, ...], keys: bool) -> np.ndarray:
         """Keys and values as they were written."""
         return packed[0]
-
-    def turned(self, x: np.ndarray, shift: np.ndarray) -> np.ndarray:
-        """Rotate x [heads, n, dim] by `shift` positions [n]: float32."""
-        angles = shift[:, None].astype(np.float64) * self.inv_freq
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        half = len(self.inv_freq)
-        first, second = (
-            (slice(0, half), slice(half, 2 * half))
-            if self.pairing == "neox"
-            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        )
-        out = x.astype(np.float32)
-        a, b = x[..., first], x[..., second]
-        out[..., first] = a * cos - b * sin
-        out[..., second] = a * sin + b * cos
-        return out
 
     def attend(self, q: np.ndarray, q_pos: np.ndarray, rule: Any, out: np.ndarray, prompt: bool) -> None:
         """Attend to near slots with q as it is, and to far ones with q rotated to its group."""
@@ -64,7 +49,8 @@ class ExtendCache(LayerCache):
         segments = [near]
         if int(q_pos[-1]) - self.window >= BLOCK:
             there = q_pos // self.group + self.window - self.window // self.group
-            far_q = np.ascontiguousarray(self.turned(q.swapaxes(0, 1), there - q_pos).swapaxes(0, 1))
+            far_q = turned(q.swapaxes(0, 1), there - q_pos, self.inv_freq, self.pairing).swapaxes(0, 1)
+            far_q = np.ascontiguousarray(far_q)
             far = Segment(self.k[1], self.v[0], self.pos, self.used, high=border, q=far_q)
             segments = [far, near]
         self.ops.attend(q, q_pos, segments, rule, out, prompt)

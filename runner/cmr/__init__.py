@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmr.ages import Tier
     from cmr.discovery import plugin
+    from cmr.diskcache import DiskCache
+    from cmr.diskspace import DiskError, DiskSpace
     from cmr.errors import CMRError, FileError, ModelError, PluginError, RequestError
     from cmr.eval.depth import DepthProbe
     from cmr.evidence import Notes
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from cmr.sampling import SamplerSettings
     from cmr.sequence import Request
     from cmr.session import Session
-    from cmr.tiers import Tier, TieredCache
+    from cmr.tiers import TieredCache
     from cmr.tokenizer import open_tokenizer
 
 __version__ = "0.1.0"
@@ -30,6 +33,9 @@ _HOMES = {
     "AttnRule": "kvcache",
     "CMRError": "errors",
     "DepthProbe": "eval.depth",
+    "DiskCache": "diskcache",
+    "DiskError": "diskspace",
+    "DiskSpace": "diskspace",
     "FileError": "errors",
     "LayerCache": "kvcache",
     "ModelError": "errors",
@@ -40,7 +46,7 @@ _HOMES = {
     "RequestError": "errors",
     "SamplerSettings": "sampling",
     "Segment": "ops.records",
-    "Tier": "tiers",
+    "Tier": "ages",
     "TieredCache": "tiers",
     "Session": "session",
     "cache_folder": "folders",
@@ -51,9 +57,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AttnRule", "CMRError", "DepthProbe", "FileError", "LayerCache", "ModelError", "Notes", "Pages",
-    "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session", "Tier", "TieredCache",
-    "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
+    "AttnRule", "CMRError", "DepthProbe", "DiskCache", "DiskError", "DiskSpace", "FileError", "LayerCache",
+    "ModelError", "Notes", "Pages", "PluginError", "Request", "RequestError", "SamplerSettings", "Segment", "Session",
+    "Tier", "TieredCache", "cache_folder", "hookimpl", "open_model", "open_tokenizer", "plugin",
 ]  # fmt: skip
 
 

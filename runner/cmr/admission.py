@@ -57,7 +57,7 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
     for hook in session.plan.prepare_request:
         with session.plan.blame:
             hook(request)
-    seq = Sequence(request, _prompt(request.tokens, model.n_vocab, session.context), session=session)
+    seq = Sequence(request, _prompt(request.tokens, model.n_vocab, session.longest), session=session)
     room = session.context - seq.n_prompt
     seq.limit = seq.n_prompt + (room if request.max_tokens is None else min(room, request.max_tokens))
     seq.sampler = _sampler(session, seq)

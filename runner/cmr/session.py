@@ -43,7 +43,8 @@ class Session:
     """A model with a plan, ready to take requests; for one thread.
 
     `context` is the most tokens of a sequence (None: the model's), `defaults` are request options that text()
-    and request() begin from.
+    and request() begin from. A prompt may be nearly `longest` tokens long: the context, unless a plugin that makes
+    room in it raises that.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Session:
         defaults: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.plan, self.defaults = model, plan, defaults or {}
-        self.context = context or model.config.n_ctx
+        self.context = self.longest = context or model.config.n_ctx
         self.loop = Loop(model, plan, self.context)
         self._idle = list(plan.run_idle)
         for hook in plan.start_session:

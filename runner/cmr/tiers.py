@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from cmr.kvcache import GENERATIONS, AttnRule, LayerCache
+from cmr.ages import NEVER, Tier, border_of, step_of
+from cmr.diskcache import DiskCache
+from cmr.diskspace import DiskSpace
+from cmr.kvcache import AttnRule, LayerCache
 from cmr.ops.pack import FLOATS, GROUP, GROUPED, turn
-from cmr.ops.records import AGES, NO_AGE, PIECE, Segment
-
-NEVER = 1 << 30  # an age that nothing reaches, a position that nothing has
-
-
-@dataclass(frozen=True)
-class Tier:
-    """Tokens up to `until` positions old (0: all there are) are read in these types.
-
-    Tokens grow older in blocks of 64, so `until` is exceeded by up to 63 positions.
-    """
-
-    until: int
-    k_type: str = "F16"
-    v_type: str = "F16"
+from cmr.ops.records import AGES, NO_AGE, Segment
+from cmr.slots import GENERATIONS
 
 
 class TieredCache:
@@ -36,6 +25,9 @@ class TieredCache:
     so nothing is ever quantized twice. What a row reads depends on its position alone, not on the chunk that
     it came in: where a block is needed in two forms it is kept in both. The first `sinks` positions stay as
     they are. Turned keys or values are rotated by a Hadamard matrix, as in LayerCache.
+
+    With a `space` what the last tier holds lies on disk, and what is more than `disk` positions old leaves memory
+    whenever leave() is called: attention reads it from the file, in the same order, so not a bit changes.
 
     Each head holds the same slots: there is no keep_heads. Evicting by keep() leaves the forms as they are.
     """
@@ -54,15 +46,17 @@ class TieredCache:
         turned_k: bool = False,
         turned_v: bool = False,
         most: int | None = None,
+        disk: int = 0,
+        space: DiskSpace | None = None,
     ) -> None:
         self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
         self.tiers, self.sinks, self.turned = tuple(tiers), sinks, (turned_k, turned_v)
+        self.disk, self.space = disk, space
         self._check()
-        make = partial(LayerCache, ops, kv_heads, dim, dim_v)
-        room = [tier.until + _step(tier) if tier.until else most for tier in self.tiers]
-        self.stores = [make(k_type=t.k_type, v_type=t.v_type, most=m) for t, m in zip(self.tiers, room)]
-        newest = self.tiers[0]
-        self.pinned = make(k_type=newest.k_type, v_type=newest.v_type)
+        self.stores = [
+            self._store_of(tier, tier.until + step_of(tier) if tier.until else most) for tier in self.tiers
+        ]
+        self.pinned = self._store_of(self.tiers[0], None)
         self._packed = 0  # positions below are in the lower tiers
         self._changed()
 
@@ -80,6 +74,15 @@ class TieredCache:
             raise ValueError("the first tier holds originals, as F16 or F32")
         if any(a >= b for a, b in zip(ends, ends[1:])) or ends[0] < 1:
             raise ValueError("each tier reaches further back than the one before; 0, for all, comes last")
+        if self.space is not None and (len(ends) < 2 or not ends[-2] <= self.disk < ends[-1]):
+            raise ValueError("what lies on disk is as old as the last of several tiers, or older")
+
+    def _store_of(self, tier: Tier, most: int | None) -> Any:
+        """A store for the tokens of a tier: on disk for those of the last, if there is a space."""
+        sizes, types = (self.ops, self.kv_heads, self.dim, self.dim_v), (tier.k_type, tier.v_type)
+        if self.space is not None and tier is self.tiers[-1]:
+            return DiskCache(*sizes, k_type=types[0], v_type=types[1], most=most, space=self.space)
+        return LayerCache(*sizes, k_type=types[0], v_type=types[1], most=most)
 
     # -- writing --
 
@@ -103,7 +106,7 @@ class TieredCache:
         """Quantize for all lower tiers what a query at position `last` reads there."""
         if len(self.tiers) == 1:
             return
-        store, end = self.stores[0], _bound(last, self.tiers[0].until)
+        store, end = self.stores[0], border_of(last, self.tiers[0].until)
         slots = slice(*np.searchsorted(store.positions, [self._packed, end]))
         if slots.start < slots.stop:
             rows = (a[:, slots].swapaxes(0, 1).astype(np.float32) for a in (store.k[0], store.v[0]))
@@ -119,7 +122,7 @@ class TieredCache:
         """Let go of what no query from position `first` on reads, in steps that keep slots where sums expect them."""
         for tier, store in zip(self.tiers, self.stores):
             if tier.until:
-                start = _bound(first, tier.until) // _step(tier) * _step(tier)
+                start = border_of(first, tier.until) // step_of(tier) * step_of(tier)
                 gone = int(np.searchsorted(store.positions, start))
                 if gone:
                     store.keep(np.arange(gone, store.used))
@@ -197,10 +200,29 @@ class TieredCache:
         """What the newest query reads: stores, oldest first, and slots."""
         found, p = [], max((int(store.positions[-1]) for store in self.stores if store.used), default=0)
         for store, ends in zip(self.stores, self._ends()):
-            low, high = (0 if age < 0 else max(start, _bound(p, age)) for age, start in ends)
+            low, high = (0 if age < 0 else max(start, border_of(p, age)) for age, start in ends)
             high = high if ends[1] != NO_AGE else NEVER
             found.append((store, slice(*np.searchsorted(store.positions, [low, high]).tolist())))
         return [(self.pinned, slice(0, self.pinned.used)), *found[::-1]]
+
+    # -- what is on disk --
+
+    def leave(self) -> None:
+        """Let what is old enough leave memory, where there is a space; to be called after attention has read it."""
+        store, newest = self.stores[-1], self.stores[0]
+        if newest.used and self.space is not None:
+            border = self._disk_border(int(newest.positions[-1]))
+            store.leave(int(np.searchsorted(store.positions, border)))
+
+    def _disk_border(self, last: int) -> int:
+        """The position from which on the last tier's tokens are in memory, when `last` is the newest one."""
+        # What no query reads there yet goes along: one range of memory is let go faster than one for each head.
+        return NEVER if self.disk == self.tiers[-2].until else border_of(last, self.disk)
+
+    def expect(self) -> None:
+        """Let what left memory come back without waiting for it; to be called a while before attention reads it."""
+        if self.space is not None:
+            self.stores[-1].expect()
 
     # -- what there is --
 
@@ -235,18 +257,21 @@ class TieredCache:
 
     @property
     def token_bytes(self) -> int:
-        """The bytes that one more position takes in the end."""
+        """The bytes that one more position takes in the end, in memory or on disk."""
         return self.stores[-1].token_bytes
 
     def bytes_at(self, slots: int) -> int:
-        """The bytes held with so many positions written, where tiers let go in steps."""
+        """The bytes of memory held with so many positions written, where tiers let go in steps."""
         first = self.tiers[0].until
         total = -(-min(self.sinks, slots) // AGES) * AGES * self.pinned.token_bytes
-        total += min(slots, first + _step(self.tiers[0]) if first else slots) * self.stores[0].token_bytes
-        packed = _bound(max(0, slots - 1), first)
+        total += min(slots, first + step_of(self.tiers[0]) if first else slots) * self.stores[0].token_bytes
+        packed = border_of(max(0, slots - 1), first)
         for tier, store in zip(self.tiers[1:], self.stores[1:]):
-            most = tier.until - first + _step(tier) - AGES if tier.until else packed
+            most = tier.until - first + step_of(tier) - AGES if tier.until else packed
             total += min(packed, most) * store.token_bytes
+        if self.space is not None:
+            away = min(self._disk_border(slots - 1), packed, most)
+            total -= away * (self.stores[-1].token_bytes - 4)
         return total
 
     # -- what can be done with it --
@@ -262,7 +287,7 @@ class TieredCache:
         """Whether rollback(pos) leaves what was here when pos was next: each tier reaches as far back as then."""
         ends = [tier.until for tier in self.tiers if tier.until]
         starts = [int(store.positions[0]) if store.used else NEVER for store in self.stores]
-        return pos <= 0 or all(start <= _bound(pos, end) for start, end in zip(starts, ends))
+        return pos <= 0 or all(start <= border_of(pos, end) for start, end in zip(starts, ends))
 
     def rollback(self, pos: int) -> None:
         """Forget every position from pos on; what is left stays in the form it has."""
@@ -299,13 +324,3 @@ class TieredCache:
             store.restore(held)
         self._packed = state["packed"]
         self._changed()
-
-
-def _step(tier: Tier) -> int:
-    """In steps of how many slots a tier lets go, so that sums over slots are cut at the same places ever after."""
-    return AGES if tier.until + 2 * AGES <= PIECE else PIECE
-
-
-def _bound(pos: int, age: int) -> int:
-    """The position from which a query at `pos` reads what is up to `age` old."""
-    return max(0, pos - age) // AGES * AGES if age else 0

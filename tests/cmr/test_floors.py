@@ -11,11 +11,13 @@ PLUGINS = Path(__file__).parents[2] / "plugins" / "cmr_plugins"
 # From the ground up; a package counts as one module, and is free inside.
 FLOORS = [
     {"errors", "hookspecs", "folders", "cmr"},
-    {"quants", "metadata", "options", "architectures", "evidence"},
+    {"quants", "metadata", "options", "architectures", "evidence", "diskspace"},
     {"gguf_header"},
     {"gguf_file", "rope"},
     {"ops", "config"},
+    {"slots", "ages"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},
+    {"diskcache"},
     {"tiers", "weights", "arena", "replay"},
     {"replay"},
     {"model", "discovery", "blame", "calls", "scheduler"},

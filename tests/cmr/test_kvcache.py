@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmr.kvcache import BLOCK, AttnRule, LayerCache
+from cmr.evidence import BLOCK
+from cmr.kvcache import AttnRule, LayerCache
 from cmr.ops import open_ops
 from cmr.testing import Broken, CacheLaws
 

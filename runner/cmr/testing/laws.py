@@ -60,7 +60,7 @@ class CacheLaws:
         cache, k, v = self.filled(900)
         self._holds(cache, k, v, np.arange(900), "after appending 900 positions")
         require(cache.nbytes > small.nbytes, "900 positions take no more bytes than 10")
-        held = 900 * cache.token_bytes
+        held = cache.bytes_at(900) if hasattr(cache, "bytes_at") else 900 * cache.token_bytes
         require(cache.nbytes < 3 * held + 65536, f"nbytes is {cache.nbytes} where {held} are in use")
 
     def rolls_back(self) -> None:

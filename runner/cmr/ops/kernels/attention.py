@@ -18,23 +18,6 @@ GEMM_ROWS = 6 if TARGET.wide else 2
 NEVER = float("-inf")
 
 
-def reduce_many(v, accs):
-    """Sum the lanes of 16 vectors into one vector of 16 sums, each in the same order as the others.
-
-    Each step adds to half of the lanes of two vectors the other half: one mask and one permutation for two sums.
-    """
-    lanes = range(16)
-    accs = [
-        accs[int(f"{i:04b}"[::-1], 2)] for i in lanes
-    ]  # steps take the bits of an index from the highest on
-    for step in (8, 4, 2, 1):
-        own = [lane + (lane & step and 16) for lane in lanes]
-        other = [lane ^ step for lane in own]
-        pairs = zip(accs[::2], accs[1::2])
-        accs = [v.b.fadd(v.shuffle(a, b, own), v.shuffle(a, b, other)) for a, b in pairs]
-    return accs[0]
-
-
 @emitter("scores")
 def scores(v, args, heads, type):
     """q.k for `heads` queries and all slots of a piece.
@@ -57,7 +40,7 @@ def scores(v, args, heads, type):
                     for s in range(slots):
                         slot_acc = accs[h * slots + s]
                         v.set(slot_acc, v.fma(parts[h], keys[s][i], v.get(slot_acc)))
-        sums = reduce_many(v, [v.get(acc) for acc in accs])
+        sums = v.sum_each([v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * slots, slots)
             v.store(v.add(out, h * PIECE * 4, v.mul(slot, 4)), part)

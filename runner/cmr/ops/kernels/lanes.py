@@ -53,14 +53,17 @@ class Lanes(Control):
         return self.reduce(x, self.b.fadd)
 
     def sum_each(self, vectors):
-        """The sums of 16 vectors of 16 lanes, one a lane, each in the order of `sum`."""
-        size = 16
-        while len(vectors) > 1:
-            starts = range(0, 32, size)
-            halves = [[s + half + i for s in starts for i in range(size // 2)] for half in (0, size // 2)]
+        """Sum the lanes of 16 vectors of 16 into one vector of 16 sums, each in the order of `sum`.
+
+        Each step adds to half of the lanes of two vectors the other half: one mask and one permutation for two sums.
+        """
+        # Steps take the bits of an index from the highest on.
+        vectors = [vectors[int(f"{i:04b}"[::-1], 2)] for i in range(16)]
+        for step in (8, 4, 2, 1):
+            own = [lane + (lane & step and 16) for lane in range(16)]
+            other = [lane ^ step for lane in own]
             pairs = zip(vectors[::2], vectors[1::2])
-            vectors = [self.b.fadd(*(self.shuffle(a, b, order) for order in halves)) for a, b in pairs]
-            size //= 2
+            vectors = [self.b.fadd(self.shuffle(a, b, own), self.shuffle(a, b, other)) for a, b in pairs]
         return vectors[0]
 
     def transpose16(self, rows):
