@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from . import attention  # noqa: F401  (registers its emitters)
 from .attend import FRESH, SHARED, Slots, View
-from .attention import PIECE, reduce_many
+from .attention import PIECE
 from .emit import call_kernel, emitter, write
 from .stored import span, unpack
 from .threads import COUNTERS, draw
@@ -59,7 +59,7 @@ def page_bound(v, args, heads, type):
                         # Summed in the order of scores, so that not even rounding brings a bound below a score.
                         acc, edge = accs[h * pages + s], v.b.select(up, high[s][i], low[s][i])
                         v.set(acc, v.fma(part, edge, v.get(acc)))
-        sums = reduce_many(v, [v.get(acc) for acc in accs])
+        sums = v.sum_each([v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * pages, pages)
             v.store(v.add(out, v.mul(stride, h), v.mul(page, 4)), part)
