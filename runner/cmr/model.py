@@ -171,7 +171,7 @@ class Model:
                 leaves = True
         return count + self._headed if leaves else place
 
-    def head(self, step: Any, rows: slice) -> np.ndarray:
+    def head(self, plan: Any, step: Any, rows: slice) -> np.ndarray:
         """Return the logits that rows of the step under way would have if the layers ended here.
 
         For a plugin's on_layer: float32 [rows, n_vocab], valid until the next call. The rows have one role.
@@ -179,8 +179,8 @@ class Model:
         arena, n = self._rows(len(step.tokens)), rows.stop - rows.start
         arena.want(max(n, sum(part.want for part in step.parts)))
         arena.last.array[:n] = arena.hidden.array[rows]
-        n_prompt, pieces = n if rows.start < step.n_prompt else 0, self.weights.output_pieces
-        self._project_logits(step, arena, arena.last, n, n_prompt, pieces)
+        n_prompt = n if rows.start < step.n_prompt else 0
+        self._project_logits(step, arena, arena.last, n, n_prompt, self._output_pieces(plan))
         self._headed = n == len(step.tokens) and all(part.want == len(part.tokens) for part in step.parts)
         return arena.logits.array[:n]
 
@@ -324,11 +324,15 @@ class Model:
                 last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
                 row += part.want
         rows = arena, last, total, n_prompt
-        pieces = getattr(plan.weights, "output_pieces", self.weights.output_pieces)
+        pieces = self._output_pieces(plan)
         if pieces == self.weights.output_pieces:
             self._project_logits(step, *rows, pieces)
         else:
             self._replay.call(step, self._project_logits, *rows, pieces)
+
+    def _output_pieces(self, plan: Any) -> Any:
+        """What serves the output matrix: the plan's source of weights, where it does that too."""
+        return getattr(plan.weights, "output_pieces", self.weights.output_pieces)
 
     def _project_logits(self, step: Any, arena: Arena, x: Any, n: int, n_prompt: int, pieces: Any) -> None:
         """logits = output @ norm(x) of n rows, by pieces() of the output matrix."""
