@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -58,19 +57,6 @@ class Terminal:
         place = self.seen.index(text) + len(text)
         found, self.seen = self.seen[:place], self.seen[place:]
         return found
-
-    def interrupt(self, text: str) -> None:
-        """Press Ctrl-C until `text` shows: Python loses a signal that comes right before it waits for input."""
-        for _ in range(20):
-            time.sleep(1)
-            self.type("\x03")
-            end = time.monotonic() + 2
-            while text not in self.seen and time.monotonic() < end:
-                if select.select([self.fd], [], [], 0.1)[0]:
-                    self._read()
-            if text in self.seen:
-                break
-        self.wait_for(text)
 
     def type(self, text: str) -> None:
         """Type; \\x03 is Ctrl-C, \\x04 the end of the input."""

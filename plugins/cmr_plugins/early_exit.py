@@ -53,7 +53,7 @@ class EarlyExit:
         generated[done] = self.kept[done]
         if layer not in self.exits:
             return False
-        new = ~done & (_highest(self.model, step, first) >= self.sure)
+        new = ~done & (self._highest(step, first) >= self.sure)
         self.kept[new] = generated[new]
         done |= new
         self.left[layer] += int(new.sum())
@@ -63,6 +63,14 @@ class EarlyExit:
         self.model.write_kv(self.plan, step, rest)
         self.skipped += len(rest)
         return True
+
+    def _highest(self, step: Any, first: int) -> np.ndarray:
+        """The probability of each generated row's likeliest token if the layers ended here: float32 [rows]."""
+        count, found = len(step.tokens), []
+        for start in range(first, count, 16):
+            logits = self.model.head(self.plan, step, slice(start, min(start + 16, count)))
+            found.append(1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+        return np.concatenate(found)
 
     @hookimpl
     def on_step(self, step: Any) -> None:
@@ -91,12 +99,3 @@ def exits_of(name: str, model: Any, wanted: tuple[int, ...] = ()) -> tuple[int, 
             f"it was for: {', '.join(map(str, trained))}"
         )
     return wanted or trained
-
-
-def _highest(model: Any, step: Any, first: int) -> np.ndarray:
-    """The probability of each generated row's likeliest token if the layers ended here: float32 [rows]."""
-    count, found = len(step.tokens), []
-    for start in range(first, count, 16):
-        logits = model.head(step, slice(start, min(start + 16, count)))
-        found.append(1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
-    return np.concatenate(found)

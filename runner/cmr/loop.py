@@ -20,6 +20,7 @@ class Loop:
     def __init__(self, model: Any, plan: Plan, context: int) -> None:
         self.model, self.plan, self.scheduler, self.context = model, plan, plan.scheduler, context
         self._trusted = plan.owners["scheduler"] == ("built in",)
+        self._drafts = plan.drafter is not None
         self.running: dict[Sequence, None] = {}
         self.figures = Figures()
         self.stepping = False
@@ -55,7 +56,7 @@ class Loop:
         finally:
             self.stepping = False
         self.figures.count(step, perf_counter() - began)
-        for part in step.parts:
+        for part in parts:
             if part.seq.stop is not None and part.seq in self.running:
                 self.finish(part.seq)
 
@@ -119,10 +120,11 @@ class Loop:
             self._start(seq)
         start = seq.cached
         prompt, end = seq.role(start)
-        end = min(end, start + limit)
+        if end > start + limit:
+            end = start + limit
         tokens, draft = seq.tokens[start:end], []
         want = 1 if end == len(seq.tokens) < seq.limit else 0
-        if want and not prompt and self.plan.drafter is not None:
+        if want and not prompt and self._drafts:
             draft = self._draft(seq, min(limit - len(tokens), seq.limit - end - 1))
             tokens, want = tokens + draft, 1 + len(draft)
         pos = np.arange(start, start + len(tokens), dtype=np.int32)
@@ -181,25 +183,35 @@ class Loop:
             for row in range(part.want):
                 token = seq.sampler.sample(logits[row], seq.tokens, seq.n_new)
                 part.accepted.append(token)
-                self._take(seq, token)
-                if seq.stop or row == len(draft) or token != draft[row]:
+                if self._take(seq, token) or row == len(draft) or token != draft[row]:
                     return
         finally:
             if seq.cached >= len(seq.tokens):
                 self._trim(seq, len(seq.tokens) - 1)
 
-    def _take(self, seq: Sequence, token: int) -> None:
-        """Append one token and decide whether it is the last."""
-        seq.tokens.append(token)
+    def _take(self, seq: Sequence, token: int) -> str | None:
+        """Append one token; why it is the last, or None."""
+        tokens, text, reason = seq.tokens, seq.text, None
+        tokens.append(token)
         seq.out.append(token)
         if "first" not in seq.times:
             seq.times["first"] = perf_counter()
             self.figures.time_to_first_token = seq.times["first"] - seq.times["added"]
-        reason = None
         if token in seq.stop_ids:
             reason = "eos"
-        elif seq.text is not None and seq.text.push(token):
+        elif text is not None and text.push(token):
             reason = "stop"
+        if self.plan.on_token:
+            said = self._told(seq, token)
+            reason = reason or said
+        if reason is None and len(tokens) >= seq.limit:
+            reason = "context" if seq.limit == self.context else "length"
+        seq.stop = seq.stop or reason
+        return seq.stop
+
+    def _told(self, seq: Sequence, token: int) -> str | None:
+        """Tell plugins of a token; the first reason to stop that one of them gives."""
+        reason = None
         for place, hook in enumerate(self.plan.on_token):
             said = hook(seq, token)
             if said is not None and type(said) is not str:
@@ -208,9 +220,7 @@ class Loop:
                     f"{name} returned {said!r:.200} from on_token; it returns a reason (str) or None"
                 )
             reason = reason or said
-        if reason is None and len(seq.tokens) >= seq.limit:
-            reason = "context" if seq.limit == self.context else "length"
-        seq.stop = seq.stop or reason
+        return reason
 
     def _trim(self, seq: Sequence, pos: int) -> None:
         """Forget what is cached from pos on; caches that cannot, or fail to, are made anew and fed again."""

@@ -140,6 +140,7 @@ class Model:
     def _layers(self, plan: Any, step: Any, arena: Arena, place: int) -> None:
         """Run a plan from a place in its layers on: embeddings at 0, layers, the logits that parts want."""
         replay, weights, count = self._replay, plan.weights, len(plan.layers)
+        watched = plan.on_attention or plan.on_layer
         if place == 0:
             tokens = arena.tokens[: len(step.tokens)]
             self.ops.embed(self.weights.token_embd, tokens, arena.hidden, self.config.embed_scale)
@@ -154,24 +155,36 @@ class Model:
             else:
                 self._release(step)
             place += 1
-            if plan.on_layer:
-                hidden = arena.hidden.array[: len(step.tokens)]
-                place = replay.call(step, self._shown, plan.on_layer, index, hidden, place, count)
+            if watched:
+                place = replay.call(step, self._shown, plan, *self._seen(step, arena, index), place, count)
         if place == count:
             self._logits(plan, step, arena)
 
-    def _shown(self, step: Any, hooks: Any, layer: int, hidden: np.ndarray, place: int, count: int) -> int:
-        """Show plugins what came out of a layer; the place of the next in the plan.
+    def _seen(self, step: Any, arena: Arena, layer: int) -> tuple[int, list[np.ndarray], np.ndarray]:
+        """What plugins see of a layer that has run: its index, each part's queries, and the rows it gave."""
+        queries = [arena.heads(layer, rows)[0] for rows in step.spans]
+        return layer, queries, arena.hidden.array[: len(step.tokens)]
+
+    def _shown(
+        self, step: Any, plan: Any, layer: int, queries: Any, hidden: np.ndarray, place: int, count: int
+    ) -> int:
+        """Show plugins a layer's queries, caches and output; the place of the next in the plan.
 
         `count` leaves the rest out; what is behind it leaves out the logits too, which there are already.
         """
+        if plan.on_attention:
+            for part, q in zip(step.parts, queries):
+                seq = part.seq
+                cache = seq.caches[layer]
+                for hook in plan.on_attention:
+                    hook(seq, layer, q, cache)
         leaves = self._headed = False
-        for hook in hooks:
+        for hook in plan.on_layer:
             if hook(step, layer, hidden):
                 leaves = True
         return count + self._headed if leaves else place
 
-    def head(self, step: Any, rows: slice) -> np.ndarray:
+    def head(self, plan: Any, step: Any, rows: slice) -> np.ndarray:
         """Return the logits that rows of the step under way would have if the layers ended here.
 
         For a plugin's on_layer: float32 [rows, n_vocab], valid until the next call. The rows have one role.
@@ -179,8 +192,8 @@ class Model:
         arena, n = self._rows(len(step.tokens)), rows.stop - rows.start
         arena.want(max(n, sum(part.want for part in step.parts)))
         arena.last.array[:n] = arena.hidden.array[rows]
-        n_prompt, pieces = n if rows.start < step.n_prompt else 0, self.weights.output_pieces
-        self._project_logits(step, arena, arena.last, n, n_prompt, pieces)
+        n_prompt = n if rows.start < step.n_prompt else 0
+        self._project_logits(step, arena, arena.last, n, n_prompt, self._output_pieces(plan))
         self._headed = n == len(step.tokens) and all(part.want == len(part.tokens) for part in step.parts)
         return arena.logits.array[:n]
 
@@ -287,10 +300,7 @@ class Model:
         self._queries_and_keys(step, layer, arena)
         replay, attend = self._replay, plan.attend[index]
         for number, rows in enumerate(step.spans):
-            heads = arena.heads(index, rows)
-            replay.attend(step, number, index, attend, arena.pos[rows], heads)
-            if plan.on_attention:
-                replay.call(step, _attention_shown, plan.on_attention, number, index, heads[0])
+            replay.attend(step, number, index, attend, arena.pos[rows], arena.heads(index, rows))
 
     def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena, first: int = 0) -> None:
         """qkv = rotated queries, rotated keys and values of every row; no queries if `first` is behind them."""
@@ -324,11 +334,15 @@ class Model:
                 last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
                 row += part.want
         rows = arena, last, total, n_prompt
-        pieces = getattr(plan.weights, "output_pieces", self.weights.output_pieces)
+        pieces = self._output_pieces(plan)
         if pieces == self.weights.output_pieces:
             self._project_logits(step, *rows, pieces)
         else:
             self._replay.call(step, self._project_logits, *rows, pieces)
+
+    def _output_pieces(self, plan: Any) -> Any:
+        """What serves the output matrix: the plan's source of weights, where it does that too."""
+        return getattr(plan.weights, "output_pieces", self.weights.output_pieces)
 
     def _project_logits(self, step: Any, arena: Arena, x: Any, n: int, n_prompt: int, pieces: Any) -> None:
         """logits = output @ norm(x) of n rows, by pieces() of the output matrix."""
@@ -342,14 +356,6 @@ def plain_plan(model: Model) -> PlainPlan:
     """Return the plan of a model by itself: all layers in order, its own attention, its own weights."""
     every = range(model.n_layers)
     return PlainPlan(model.weights, every, [model.rule(layer).attend for layer in every])
-
-
-def _attention_shown(step: Any, hooks: Any, number: int, layer: int, q: np.ndarray) -> None:
-    """Show plugins the queries and the cache of a part."""
-    seq = step.parts[number].seq
-    cache = seq.caches[layer]
-    for hook in hooks:
-        hook(seq, layer, q, cache)
 
 
 def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:

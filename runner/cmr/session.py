@@ -116,8 +116,7 @@ class Session:
 
     def generate(self, request: Request) -> Iterator[int]:
         """Return the tokens of a request as they come; raises RequestError before anything runs."""
-        seq = admit(self, request)
-        return (token for _, token in self._tokens([seq]))
+        return self._answer(admit(self, request))
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int]]:
         """Return (request, token) of many requests as the scheduler runs them.
@@ -140,11 +139,12 @@ class Session:
 
     def step(self) -> bool:
         """Run one step; return whether anything is still under way."""
-        if self._idle and self.loop.figures.steps:
+        loop = self.loop
+        if self._idle and loop.figures.steps:
             self.idle()
-        if self.loop.running:
-            self.loop.step()
-        return bool(self.loop.running)
+        if loop.running:
+            loop.step()
+        return bool(loop.running)
 
     def idle(self) -> None:
         """Let plugins do a little background work; one that fails is not asked again."""
@@ -191,6 +191,13 @@ class Session:
         finally:
             for seq in seqs:
                 self.cancel(seq)
+
+    def _answer(self, seq: Sequence) -> Iterator[int]:
+        out = seq.out
+        for _ in self._run([seq]):
+            while out:
+                yield out.popleft()
+        _raise_first([seq])
 
     def _tokens(self, seqs: list[Sequence]) -> Iterator[tuple[Request, int]]:
         for _ in self._run(seqs):

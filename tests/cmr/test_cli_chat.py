@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 from tests.cli_runs import CHAT, Terminal, bundled, run
@@ -108,14 +107,27 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model):
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for("Hello\r\n")
-    terminal.wait_for("a")  # the answer has begun
-    terminal.interrupt("\r\n> ")
-    terminal.interrupt("Ctrl-C again or /exit leaves")
+    terminal.wait_for("a")  # of the answer
+    terminal.type("\x03")
     terminal.wait_for("> ")
-    time.sleep(1)  # Python shows a prompt a moment before it heeds a signal there
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-C again or /exit leaves")
+    terminal.wait_for("> ")
     terminal.type("\x03")
     assert terminal.end() == 130
     assert "tok/s" in terminal.seen and "Traceback" not in terminal.seen
+
+
+@on_terminal
+def test_ctrl_c_right_behind_the_message_is_heeded(model):
+    terminal = Terminal(model, *CHAT, "--ignore-eos", "-n", "100000", "-c", "100000")
+    terminal.wait_for("> ")
+    terminal.type("Hello\n")
+    terminal.wait_for("Hello\r\n")
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("/exit\n")
+    assert terminal.end() == 0
 
 
 @on_terminal

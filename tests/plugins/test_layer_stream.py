@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.models import Recipe, write_model
 from tests.toy import MODEL, Copies, Together
 
-from cmr import PluginError, Session, open_model
+from cmr import PluginError, Session, hookimpl, open_model
 from cmr.testing import check
 from cmr_plugins.weight_reader import PAGE, Files, Memory, Ring, unit_of
 
@@ -96,6 +96,30 @@ def test_the_output_matrix_is_streamed_in_pieces(stream, model, monkeypatch):
     assert set(source.pieces) < set(source.order)
 
 
+def test_a_head_in_between_reads_the_streamed_output_matrix(stream, model, monkeypatch):
+    monkeypatch.setattr("cmr_plugins.layer_stream.PIECE_ROWS", 32)
+    monkeypatch.setattr("cmr_plugins.layer_stream.Source._largest", lambda source: 3000)
+
+    class Looks:
+        exact = True
+
+        @hookimpl
+        def start_session(self, session):
+            self.model, self.plan, self.seen = session.model, session.plan, []
+
+        @hookimpl
+        def on_layer(self, step, layer):
+            if layer in (3, LAYERS - 1):
+                self.seen.append(self.model.head(self.plan, step, slice(0, 1)).copy())
+
+    plain, streamed = Looks(), Looks()
+    answers(Session.open(model, [plain]))
+    session, source = stream(str(2 * max(unit.size for unit in stream()[1].units)), streamed)
+    monkeypatch.setattr(type(model.weights), "output_pieces", lambda weights: pytest.fail("not the source's"))
+    answers(session)
+    assert np.array_equal(plain.seen, streamed.seen)
+
+
 def test_each_step_reads_what_is_not_kept_once(stream):
     session, source = stream()
     files, ring = source.files, source.ring
@@ -147,8 +171,6 @@ def test_refusals_are_polite(stream):
 
 
 def test_a_step_that_ends_early_leaves_nothing_behind(stream, model):
-    from cmr import hookimpl
-
     class Exit:
         @hookimpl
         def on_layer(self, layer):
@@ -159,8 +181,6 @@ def test_a_step_that_ends_early_leaves_nothing_behind(stream, model):
 
 
 def test_layers_may_be_left_out_or_moved(stream, model):
-    from cmr import hookimpl
-
     class Order:
         @hookimpl
         def layer_order(self):

@@ -33,19 +33,22 @@ class Writer:
             self.write("\n")
 
 
-def answer(session: Session, request: Request, write: Callable[[str], Any]) -> tuple[Sequence, bool]:
+def answer(
+    session: Session, request: Request, write: Callable[[str], Any], interrupts: Interrupts
+) -> tuple[Sequence, bool]:
     """Run a request, giving `write` each piece of text; return its sequence and whether Ctrl-C ended it.
 
     Raises what made the sequence fail, after the text that came before.
     """
     seq = session.add(request, text=True)
-    with Interrupts() as interrupts, Progress("reading the prompt") as progress:
+    with Progress("reading the prompt") as progress:
         session.model.ops.compiling = CompileNotice(progress)
         while seq.stop is None and not interrupts.pressed:
             session.step()
             progress.update(seq.cached, seq.n_prompt)
             _drain(seq, write, progress)
         session.cancel(seq)
+        interrupts.take()
     _drain(seq, write, progress)
     if seq.error is not None:
         raise seq.error

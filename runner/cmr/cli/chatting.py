@@ -11,6 +11,7 @@ from cmr.chat import ChatTemplate, chat_template
 from cmr.cli.answering import Writer, answer
 from cmr.cli.conversation import Conversation
 from cmr.cli.guard import INTERRUPTED
+from cmr.cli.interrupts import Interrupts
 from cmr.cli.progress import say
 from cmr.cli.summary import as_json, summary
 from cmr.cli.terminal import Typing
@@ -39,7 +40,8 @@ class Chat:
         template = find_template(args, session.model)
         system, variables = args.system_prompt, args.chat_template_kwargs
         self.talk = Conversation(template, session.model.tokenizer, system, variables)
-        self.typing = Typing()
+        self.interrupts = Interrupts()
+        self.typing = Typing(self.interrupts)
         self.last: Sequence | None = None
         self.interrupted = False
 
@@ -48,21 +50,25 @@ class Chat:
         if self.typing.person and not self.args.single_turn:
             say("/help tells what can be typed here; /exit leaves")
         try:
-            while (message := prompt if prompt is not None else self.typing.message()) is not None:
-                prompt = None
-                if message.startswith("/") and self.typing.person:
-                    if not self._command(message.strip()):
-                        break
-                elif message.strip():
-                    self._turn(message)
-                if self.args.single_turn and self.last is not None:
-                    break
+            with self.interrupts:
+                self._turns(prompt)
         except KeyboardInterrupt:
             sys.stderr.write("\n")
             self.interrupted = True
         if self.last is not None:
             say("\n".join(summary(self.session, self.last)))
         return INTERRUPTED if self.interrupted else 0
+
+    def _turns(self, prompt: str | None) -> None:
+        while (message := prompt if prompt is not None else self.typing.message()) is not None:
+            prompt = None
+            if message.startswith("/") and self.typing.person:
+                if not self._command(message.strip()):
+                    break
+            elif message.strip():
+                self._turn(message)
+            if self.interrupted or self.args.single_turn and self.last is not None:
+                break
 
     def _command(self, word: str) -> bool:
         """Obey a command; return whether the chat goes on."""
@@ -86,7 +92,8 @@ class Chat:
         writer = Writer()
         try:
             request = self.session.request(tokens, after=self.last, **self.wanted)
-            seq, interrupted = answer(self.session, request, _both(text, None if self.args.json else writer))
+            write = _both(text, None if self.args.json else writer)
+            seq, interrupted = answer(self.session, request, write, self.interrupts)
         except CMRError as error:
             writer.end()
             if not self.typing.person or self.args.single_turn:
@@ -97,6 +104,8 @@ class Chat:
         if self.args.json:
             print(json.dumps(as_json(self.session, seq, "".join(text)), ensure_ascii=False))
         writer.end()
+        if interrupted and not text and self.typing.person:
+            sys.stderr.write("\n")  # behind the ^C that the terminal shows
         self.last = seq
         self.interrupted = interrupted and not self.typing.person
         written = seq.new

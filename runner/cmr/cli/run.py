@@ -11,6 +11,7 @@ from typing import Any
 from cmr.cli import options
 from cmr.cli.answering import Writer, answer
 from cmr.cli.guard import INTERRUPTED, guarded
+from cmr.cli.interrupts import Interrupts
 from cmr.cli.loading import attach, load
 from cmr.cli.progress import say
 from cmr.cli.sampling_flags import sampling_options, sampling_words
@@ -128,7 +129,9 @@ def complete(args: argparse.Namespace, session: Session, prompt: str, wanted: di
     text: list[str] = []
     writer = Writer(prompt if on_terminal and not args.no_display_prompt else "")
     try:
-        seq, interrupted = answer(session, request, text.append if args.json else writer.write)
+        with Interrupts() as interrupts:
+            write = text.append if args.json else writer.write
+            seq, interrupted = answer(session, request, write, interrupts)
     finally:
         writer.end()
     if args.json:

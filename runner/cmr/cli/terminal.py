@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from cmr.cli.interrupts import Interrupts
+
 BLOCK = '"""'
 
 
 class Typing:
     """Read messages from stdin, prompting on stderr; the end of the input or a second Ctrl-C ends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.interrupts = interrupts
         self.person = sys.stdin.isatty()
         if self.person:
             try:
@@ -21,19 +24,22 @@ class Typing:
     def message(self) -> str | None:
         """Read one message: a line, lines that end with a backslash, or a block between triple quotes.
 
-        Returns None at the end of the input; raises KeyboardInterrupt for the second Ctrl-C in a row.
+        Returns None at the end of the input; raises KeyboardInterrupt for the second Ctrl-C in a row of a person,
+        and for the first where nobody types.
         """
-        pressed = False
-        while True:
-            try:
-                return self._message()
-            except EOFError:
-                return None
-            except KeyboardInterrupt:
-                if pressed:
-                    raise
-                pressed = True
-                sys.stderr.write("\n(Ctrl-C again or /exit leaves)\n")
+        pressed = not self.person
+        with self.interrupts.asking():
+            while True:
+                try:
+                    self.interrupts.check()
+                    return self._message()
+                except EOFError:
+                    return None
+                except KeyboardInterrupt:
+                    if pressed:
+                        raise
+                    pressed = True
+                    sys.stderr.write("\n(Ctrl-C again or /exit leaves)\n")
 
     def _message(self) -> str:
         line = self._line("> ")

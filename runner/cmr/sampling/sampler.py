@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -88,16 +89,18 @@ class Sampler:
     def _edited(self, row: np.ndarray, history: Sequence[int]) -> tuple[np.ndarray, int]:
         """Apply bias and what precedes the candidates; return the row and the place of its maximum."""
         peak = int(row.argmax())
-        if not -np.inf <= row[peak] < np.inf:
+        value = float(row[peak])
+        if not -inf <= value < inf:
             raise ModelError(
-                f"the model gave token {peak} the logit {row[peak]}; its file may be damaged, or a plugin"
+                f"the model gave token {peak} the logit {value}; its file may be damaged, or a plugin"
                 " changed the logits"
             )
         if self._biased.size:
             row[self._biased] += self._bias
         if self._chain.edit(row, history) or self._biased.size:
             peak = int(row.argmax())
-        if not np.isfinite(row[peak]):
+            value = float(row[peak])
+        if not isfinite(value):
             raise RequestError(
                 "no token is left to choose from: every logit is -inf; let logit_bias and plugins allow at"
                 " least one"

@@ -20,10 +20,9 @@ NEAR, NARROW = (
     256,
     4096,
 )  # the same of wider rows, whose activations fill the nearest cache; columns of others
-MANY = 4  # tokens at a time above which activations are many for the nearest cache
-BLOCKS = 4  # blocks of 256 columns of TOGETHER rows that are multiplied by many tokens in one go
 TOGETHER = 16  # rows whose lanes are added up in one go
 LANES = TOGETHER * 64  # bytes of their sums
+PAIRED = 4  # tokens at a time from which two rows share what is read of them, if there are registers
 RECORD = 448  # bytes of 256 activations
 D, S, N = 256, 320, 384  # where their scales and sums lie
 COUNTS = (1, 2, 4, 8) if TARGET.wide else (1, 2, 4)  # tokens that a gemv may take at a time
@@ -34,19 +33,25 @@ def record_bytes(columns):
     return (columns + STEP - 1) // STEP * RECORD
 
 
-def _add_block(v, layout, accs, w, records):
-    """Add 256 weights to the sums of every token."""
-    block = layout.unpack(v, w)
-    for acc, record in zip(accs, records):
+def _add_block(v, layout, accs, weights, records):
+    """Add 256 weights of each row to its sums of every token."""
+    blocks = [layout.unpack(v, w) for w in weights]
+    for token, record in enumerate(records):
         if layout.shift is None:
-            total = fill(I32, 16, 0)
-            v.set(acc, v.fma(block.low, v.load(v.add(record, S), F32, 16), v.get(acc)))
+            start = fill(I32, 16, 0)
+            sums = v.load(v.add(record, S), F32, 16)
+            for sides, block in zip(accs, blocks):
+                v.set(sides[token], v.fma(block.low, sums, v.get(sides[token])))
         else:
-            total = v.b.shl(v.load(v.add(record, N), I32, 16), fill(I32, 16, layout.shift))
-        for k, u in enumerate(block.bytes):
-            total = v.dot4(total, u, v.load(v.add(record, 64 * k), I8, 64), layout.wide)
-        scale = v.b.fmul(block.scale, v.load(v.add(record, D), F32, 16))
-        v.set(acc, v.fma(v.to_float(total), scale, v.get(acc)))
+            start = v.b.shl(v.load(v.add(record, N), I32, 16), fill(I32, 16, layout.shift))
+        totals = [start] * len(blocks)
+        for k in range(4):
+            x = v.load(v.add(record, 64 * k), I8, 64)
+            totals = [v.dot4(t, block.bytes[k], x, layout.wide) for t, block in zip(totals, blocks)]
+        d = v.load(v.add(record, D), F32, 16)
+        for sides, block, total in zip(accs, blocks, totals):
+            scale = v.b.fmul(block.scale, d)
+            v.set(sides[token], v.fma(v.to_float(total), scale, v.get(sides[token])))
 
 
 def token_bases(v, x, stride, start, n, count):
@@ -59,10 +64,7 @@ def token_bases(v, x, stride, start, n, count):
 def gemv(v, args, name, tokens):
     """Multiply rows by n tokens, `tokens` at a time; a token's sum has the same order whatever n is."""
     count = int(tokens)
-    if count > MANY and name not in FLOATS:
-        _many(v, LAYOUTS[name], args, count)
-        return
-    body = _float_row if name in FLOATS else _quant_row
+    body, side = (_float_rows, 1) if name in FLOATS else (_quant_rows, 2 if _paired(count) else 1)
     w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n = args[:10]
     tail, sums = v.scratch(STEP * 4 + 64), v.scratch(count * LANES)
     v.clear(tail, STEP * 4 + 64)
@@ -71,10 +73,12 @@ def gemv(v, args, name, tokens):
         with v.loop(0, n, count) as start:
             xs = token_bases(v, x, x_stride if name in FLOATS else RECORD, start, n, count)
             ys = token_bases(v, y, y_stride, start, n, count)
-            with v.loop(top, end) as row:
-                totals = body(v, name, v.add(w, v.mul(row, row_bytes)), xs, x_stride, columns, tail)
-                for t, total in enumerate(totals):
-                    v.store(v.add(sums, v.mul(v.sub(row, top), 64), t * LANES), total)
+            with v.loop(top, end, side) as row:
+                rows = [v.smin(v.add(row, k), v.sub(end, 1)) for k in range(side)]
+                weights = [v.add(w, v.mul(each, row_bytes)) for each in rows]
+                for each, totals in zip(rows, body(v, name, weights, xs, x_stride, columns, tail)):
+                    for t, total in enumerate(totals):
+                        v.store(v.add(sums, v.mul(v.sub(each, top), 64), t * LANES), total)
             _store(v, sums, ys, top, end)
 
 
@@ -92,79 +96,42 @@ def _store(v, sums, ys, top, end):
                 v.copy(v.add(y, v.mul(top, 4)), here, v.mul(v.sub(end, top), 4))
 
 
-def _quant_row(v, name, address, xs, x_stride, columns, tail):
-    """The sums of one row for every token, in 16 lanes."""
+def _paired(count):
+    return TARGET.wide and count >= PAIRED
+
+
+def _quant_rows(v, name, weights, xs, x_stride, columns, tail):
+    """The sums of each row for every token, in 16 lanes."""
     layout = LAYOUTS[name]
-    accs = [v.variable(fill(F32, 16, 0.0)) for _ in xs]
+    accs = [[v.variable(fill(F32, 16, 0.0)) for _ in xs] for _ in weights]
     ahead = v.choose(v.compare(columns, "<=", NARROW), AHEAD, NEAR)
-    _add_blocks(v, layout, accs, address, xs, x_stride, 0, v.b.lshr(columns, v.i(8)), ahead)
-    _add_rest(v, layout, accs, address, xs, x_stride, columns, tail)
-    return [v.get(acc) for acc in accs]
-
-
-def _many(v, layout, args, count):
-    """Multiply by many tokens: a few blocks of columns of several rows at a time, so that activations stay near."""
-    w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n = args[:10]
-    tail, sums = v.scratch(STEP + 64), v.scratch(count * LANES)
-    v.clear(tail, STEP + 64)
-    whole = v.b.lshr(columns, v.i(8))
-
-    def held(row, top):
-        """A row and where its sums are, and the sums so far."""
-        there = [v.add(sums, v.mul(v.sub(row, top), 64), t * LANES) for t in range(count)]
-        return v.add(w, v.mul(row, row_bytes)), there, [v.variable(v.load(at, F32, 16)) for at in there]
-
-    def keep(there, accs):
-        for at, acc in zip(there, accs):
-            v.store(at, v.get(acc))
-
-    with v.loop(first, last, TOGETHER) as top:
-        end = v.smin(v.add(top, TOGETHER), last)
-        with v.loop(0, n, count) as start:
-            xs = token_bases(v, x, RECORD, start, n, count)
-            ys = token_bases(v, y, y_stride, start, n, count)
-            v.clear(sums, count * LANES)
-            with v.loop(0, whole, BLOCKS) as block:
-                stop = v.smin(v.add(block, BLOCKS), whole)
-                with v.loop(top, end) as row:
-                    address, there, accs = held(row, top)
-                    _add_blocks(
-                        v, layout, accs, address, xs, x_stride, block, stop, v.mul(row_bytes, TOGETHER)
-                    )
-                    keep(there, accs)
-            if layout.smallest < STEP:
-                with v.loop(top, end) as row:
-                    address, there, accs = held(row, top)
-                    _add_rest(v, layout, accs, address, xs, x_stride, columns, tail)
-                    keep(there, accs)
-            _store(v, sums, ys, top, end)
-
-
-def _add_blocks(v, layout, accs, address, xs, x_stride, first, last, ahead):
-    """Add the blocks `first` to `last` of 256 weights of a row to every token's sums."""
-    with v.loop(first, last) as i:
-        w = v.add(address, v.mul(i, layout.bytes))
-        for line in range(0, layout.bytes, 64):
-            v.prefetch(v.add(w, ahead, line))
+    with v.loop(0, v.b.lshr(columns, v.i(8))) as i:
+        here = [v.add(w, v.mul(i, layout.bytes)) for w in weights]
+        for w in here:
+            for line in range(0, layout.bytes, 64):
+                v.prefetch(v.add(w, ahead, line))
         at = v.mul(i, x_stride)
-        _add_block(v, layout, accs, w, [v.add(x, at) for x in xs])
+        _add_block(v, layout, accs, here, [v.add(x, at) for x in xs])
+    if layout.smallest < STEP:
+        _add_rest(v, layout, accs, weights, xs, x_stride, columns, tail)
+    return [[v.get(acc) for acc in sides] for sides in accs]
 
 
-def _add_rest(v, layout, accs, address, xs, x_stride, columns, tail):
-    """Add what is left of a row behind its last whole 256 weights, through a copy with zeros behind it."""
-    if layout.smallest == STEP:
-        return
+def _add_rest(v, layout, accs, weights, xs, x_stride, columns, tail):
+    """Add what is left of rows behind their last whole 256 weights, through a copy with zeros behind it."""
     rest = v.b.and_(columns, v.i(STEP - 1))
     with v.when(v.b.icmp_signed(">", rest, v.i(0))):
         whole = v.b.lshr(columns, v.i(8))
         size = v.mul(v.b.udiv(rest, v.i(layout.smallest)), layout.bytes * layout.smallest // STEP)
-        v.copy(tail, v.add(address, v.mul(whole, layout.bytes)), size)
         at = v.mul(whole, x_stride)
-        _add_block(v, layout, accs, tail, [v.add(x, at) for x in xs])
+        for w, sides in zip(weights, accs):
+            v.copy(tail, v.add(w, v.mul(whole, layout.bytes)), size)
+            _add_block(v, layout, [sides], [tail], [v.add(x, at) for x in xs])
 
 
-def _float_row(v, name, address, xs, x_stride, columns, tail):
+def _float_rows(v, name, weights, xs, x_stride, columns, tail):
     """The sums of one row for every token, in 16 lanes, from two chains."""
+    (address,) = weights
     size = FLOATS[name]
     accs = [[v.variable(fill(F32, 16, 0.0)) for _ in range(2)] for _ in xs]
     whole = v.b.lshr(columns, v.i(6))
@@ -189,4 +156,4 @@ def _float_row(v, name, address, xs, x_stride, columns, tail):
         at = v.b.shl(whole, v.i(6))
         v.copy(tail, v.add(address, v.mul(at, size)), v.mul(rest, size))
         step(tail, at, direct)
-    return [v.b.fadd(*map(v.get, chains)) for chains in accs]
+    return [[v.b.fadd(*map(v.get, chains)) for chains in accs]]
