@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.train import tasks  # noqa: E402
 from tools.train.corpus import read_sources  # noqa: E402
 from tools.train.export import interleave, read_gguf, separate, write_gguf  # noqa: E402
-from tools.train.model import SHAPES, Llama  # noqa: E402
+from tools.train.model import SHAPES, Llama, attend  # noqa: E402
 from tools.train.rows import Rows  # noqa: E402
 from tools.train.train import Plan, Run, train  # noqa: E402
 from tools.train.truecase import Truecaser  # noqa: E402
@@ -86,13 +86,42 @@ def test_start_from_gguf_wants_the_same_vocabulary(tmp_path, vocabulary, texts):
     run.train_step()
     write_gguf(tmp_path / "m.gguf", run.shape, run.model.state_dict(), vocabulary, "f32")
     again = start(tmp_path / "b", vocabulary, texts)
-    again.start_from(tmp_path / "m.gguf")
+    again.start_from([tmp_path / "m.gguf"])
     assert torch.equal(again.model.token_embd, run.model.token_embd)
     assert again.plan.depth(0, 3) == 3
     words = " ".join(tasks.WORDS + tasks.NAMES)
     other = Vocabulary(train_vocabulary([words, "Quite other words make quite another vocabulary."], 448))
     with pytest.raises(SystemExit, match="another vocabulary"):
-        start(tmp_path / "c", other, texts).start_from(tmp_path / "m.gguf")
+        start(tmp_path / "c", other, texts).start_from([tmp_path / "m.gguf"])
+
+
+def test_a_run_starts_from_the_mean_of_several_ggufs(tmp_path, vocabulary, texts):
+    run = start(tmp_path / "a", vocabulary, texts)
+    found = []
+    for name in ("early", "late"):
+        run.train_step()
+        write_gguf(tmp_path / f"{name}.gguf", run.shape, run.model.state_dict(), vocabulary, "f32")
+        found.append(run.model.output_norm.detach().clone())
+    again = start(tmp_path / "b", vocabulary, texts)
+    again.start_from([tmp_path / "early.gguf", tmp_path / "late.gguf"])
+    assert not torch.equal(*found)
+    torch.testing.assert_close(again.model.output_norm.detach(), (found[0] + found[1]) / 2)
+
+
+def test_products_in_bf16_train_too(tmp_path, vocabulary, texts):
+    run = start(tmp_path, vocabulary, texts, steps=40)
+    run.bf16 = True
+    losses = [run.train_step() for _ in range(40)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1.0
+
+
+def test_short_rows_attend_as_long_ones_do():
+    q, k, v = (
+        torch.randn(2, heads, 9, 64, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 1)
+    )
+    v = v.expand(2, 2, 9, 64)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v), expected)
 
 
 def test_gguf_says_what_an_engine_needs(tmp_path, vocabulary):

@@ -59,7 +59,11 @@ def _arguments(argv):
     )
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--no-compile", action="store_true", help="no torch.compile (it needs a C++ compiler)")
-    p.add_argument("--from", dest="start", help="GGUF whose weights to begin with")
+    p.add_argument(
+        "--from",
+        dest="start",
+        help="GGUF whose weights to begin with; of several, separated by commas, their mean",
+    )
     p.add_argument("--teacher", help="GGUF of the same vocabulary to learn from beside the text")
     p.add_argument("--average", action="store_true", help="export the moving average of the weights")
     p.add_argument("--only-export", action="store_true", help="export and evaluate the last checkpoint")
@@ -74,7 +78,7 @@ def _train(args, run_folder, vocabulary, sources):
     rows = Rows(vocabulary, sources, plan.seed)
     run = Run(run_folder / args.model, SHAPES[args.model], plan, rows, args.device, args.teacher, args.bf16)
     if args.start:
-        run.start_from(args.start)
+        run.start_from(args.start.split(","))
     run.resume()
     if not args.no_compile:
         run.compile()

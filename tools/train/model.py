@@ -61,7 +61,7 @@ class Block(nn.Module):
         q = _rotate(F.linear(h, self.attn_q).view(rows, length, s.heads, s.head_dim), cos, sin)
         k = _rotate(F.linear(h, self.attn_k).view(rows, length, s.kv_heads, s.head_dim), cos, sin)
         v = F.linear(h, self.attn_v).view(rows, length, s.kv_heads, s.head_dim)
-        a = _attend(*(t.transpose(1, 2) for t in (q, k, v)))
+        a = attend(*(t.transpose(1, 2) for t in (q, k, v)))
         x = x + F.linear(a.transpose(1, 2).reshape(rows, length, -1), self.attn_output)
         h = F.rms_norm(x, (s.width,), self.ffn_norm, s.eps)
         return x + F.linear(F.silu(F.linear(h, self.ffn_gate)) * F.linear(h, self.ffn_up), self.ffn_down)
@@ -119,7 +119,7 @@ def _matrix(rows, columns, scale=1.0):
     return nn.Parameter(torch.randn(rows, columns) * (scale * columns**-0.5))
 
 
-def _attend(q, k, v):
+def attend(q, k, v):
     """Return causal attention [rows, heads, length, dim]; short rows on a CPU as products over each group of heads."""
     (rows, heads, length, dim), kv_heads = q.shape, k.shape[1]
     if q.is_cuda or length > 512:

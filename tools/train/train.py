@@ -70,13 +70,17 @@ class Run:
             block.compile(dynamic=False)
         self.exit_loss = torch.compile(exit_loss, dynamic=False)
 
-    def start_from(self, path):
-        """Take the weights of a GGUF with the same vocabulary as the first; all layers train from here on."""
-        model, pieces = read_gguf(path)
+    def start_from(self, paths):
+        """Begin with the mean of the weights of GGUFs with this run's vocabulary; all layers train from here on."""
         sentencepiece = self.rows.vocabulary.model
-        if pieces != [sentencepiece.id_to_piece(i) for i in range(len(self.rows.vocabulary))]:
-            raise SystemExit(f"{path} has another vocabulary than this run")
-        self.model.load_state_dict(model.state_dict())
+        wanted = [sentencepiece.id_to_piece(i) for i in range(len(self.rows.vocabulary))]
+        states = []
+        for path in paths:
+            model, pieces = read_gguf(path)
+            if pieces != wanted:
+                raise SystemExit(f"{path} has another vocabulary than this run")
+            states.append(model.state_dict())
+        self.model.load_state_dict({k: sum(state[k] for state in states) / len(states) for k in states[0]})
         self.plan = replace(self.plan, growth=((0.0, 1.0),))
         self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
 
