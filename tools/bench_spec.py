@@ -1,6 +1,10 @@
-"""Measure what spec-lookup gains on copies, and costs on text made to defeat it, against plain runs between.
+"""Measure what drafts gain on the model's own text and on copies, and cost on text made to defeat them.
 
-python tools/bench_spec.py models/tiny-q8_0.gguf [--tokens 400] [--rounds 7] [--threads 1] [--draft small.gguf]
+python tools/bench_spec.py models/tiny-q8_0.gguf                                   spec-lookup
+python tools/bench_spec.py models/tiny-q8_0.gguf --draft models/nano-q8_0.gguf     spec-draft
+
+Plain runs lie between. `copies`, `traps` and `news` are forced upon the model behind a random prompt; a draft model
+does not know them, so all three are made to defeat it. `own` is what the model itself writes behind --prompt.
 """
 
 from __future__ import annotations
@@ -55,8 +59,20 @@ def news(rng: Any, prompt: list[int], count: int, vocabulary: int) -> list[int]:
     return rng.integers(10, vocabulary, count).tolist()
 
 
+def scene(name: str, model: Any, args: argparse.Namespace) -> tuple[list[int], list[Any]]:
+    """Return the prompt of a text, and the plugin that forces it."""
+    if name == "own":
+        return model.tokenizer.encode(args.prompt, bos=True), []
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(10, model.n_vocab, LEAD).tolist()
+    return prompt, [Says(globals()[name](rng, prompt, args.tokens, model.n_vocab))]
+
+
 def timed(model: Any, plugins: list[Any], prompt: list[int], count: int) -> tuple[float, dict[str, Any]]:
-    """Return the seconds that the steps after the first took, propose and sampling included, and the report."""
+    """Return the seconds that the steps after the first took, propose and sampling included, and the report.
+
+    Timing what drafts cost comes before the first step.
+    """
     session = Session.open(model, plugins)
     stream = session.generate(session.request(prompt, max_tokens=count, temp=0.0, ignore_eos=True))
     next(stream)
@@ -73,27 +89,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--texts", default="copies,traps,news")
+    parser.add_argument("--texts", default="copies,traps,news,own")
+    parser.add_argument("--prompt", default="Once upon a time, there was a little girl", help="for own")
     parser.add_argument("--draft", help="measure spec-draft with this model instead")
     args = parser.parse_args()
     model = cmr.open_model(args.model, threads=args.threads)
     name = f"spec-draft:model={args.draft}" if args.draft else "spec-lookup"
-    for make in (globals()[text] for text in args.texts.split(",")):
-        rng = np.random.default_rng(0)
-        prompt = rng.integers(10, model.n_vocab, LEAD).tolist()
-        script = make(rng, prompt, args.tokens, model.n_vocab)
+    for text in args.texts.split(","):
+        prompt, forced = scene(text, model, args)
         times: list[tuple[float, float]] = []
         report: dict[str, Any] = {}
         for turn in range(args.rounds + 1):
-            plain, _ = timed(model, [Says(script)], prompt, args.tokens)
-            drafted, report = timed(model, [Says(script), name], prompt, args.tokens)
+            plain, _ = timed(model, forced, prompt, args.tokens)
+            drafted, report = timed(model, [*forced, name], prompt, args.tokens)
             if turn:
                 times.append((plain, drafted))
         each = [1e3 * statistics.median(column) / (args.tokens - 1) for column in zip(*times)]
         speed = statistics.median(plain / drafted for plain, drafted in times)
         figures = report[name.partition(":")[0]]
         print(
-            f"{make.__name__:7} plain {each[0]:8.3f} ms a token, drafted {each[1]:8.3f}: {speed:5.2f} x "
+            f"{text:7} plain {each[0]:8.3f} ms a token, drafted {each[1]:8.3f}: {speed:5.2f} x "
             f"({report['steps'] - 1} steps, {figures['accepted']} of {figures['drafted']} accepted, "
             f"{figures['costs']})",
             flush=True,

@@ -54,6 +54,7 @@ class Shape:
 
 SHAPES = {
     "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, rope_factor=32),
+    "llama-3.2-1b-sister": Shape("llama", 4, 512, 8, 4, 64, 1536, 128256, 131072, 5e5, rope_factor=32),
     "llama-3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 5e5, tied=False),
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, head_norms=True),
     "110m": Shape("llama", 12, 768, 12, 12, 64, 2048, 32000, 4096, 1e4),

@@ -13,9 +13,10 @@ import cmr
 from cmr import PluginError, hookimpl, plugin
 from cmr_plugins.speculation import DEPTHS, Chances, Drafter, Pace, rows_of
 
-START = 8.0  # plain tokens that the first drafts, and reading the prompt once more, may lose
+START = 4.0  # plain tokens that the first drafts, and reading the prompt once more, may lose
 BATCH = 512
-REST = 6
+READ = 64  # tokens of a prompt that is timed
+REST = 15
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +42,7 @@ class SpecDraft(Drafter):
     depth: Annotated[int, "most tokens in a draft"] = 7
     gain: Annotated[float, "draft where it promises so many times plain speed; 0: always"] = 1.05
     window: Annotated[int, "most tokens of a text that the draft model reads when it begins"] = 512
-    threads: Annotated[int | None, "threads of the draft model; none: what suits the machine"] = None
+    threads: Annotated[int | None, "threads of the draft model, among those of the model; none: what suits the machine"] = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= DEPTHS[-1] or self.gain < 0 or self.window < 2:
@@ -74,9 +75,11 @@ class SpecDraft(Drafter):
 
     def _opened(self, model: Any) -> Any:
         try:
-            return cmr.open_model(self.model, threads=self.threads, device=model.ops.name)
+            small = cmr.open_model(self.model, threads=self.threads, device=model.ops.name)
         except cmr.CMRError as error:
             raise PluginError(f"spec-draft: {error}") from None
+        small.ops.share(model.ops)
+        return small
 
     @hookimpl
     def start_session(self, session: Any) -> None:
@@ -113,9 +116,6 @@ class SpecDraft(Drafter):
         pace = self.pace
         if pace.room <= 0 or not pace.ready:
             return 0
-        if not pace.measured:
-            pace.measure(self.session.model, self.session.plan)
-            self._time()
         plain = pace.plain()
         behind = min(self.window, len(seq.tokens) - shadow.origin - len(shadow.held)) * self.reading / plain
         for choice in pace.choices(shadow.ahead()[: self.depth], self.gain, self.each):
@@ -125,13 +125,14 @@ class SpecDraft(Drafter):
         look = (pace.ratio(2) - 1) + self.each / plain + behind
         return 1 if look < pace.room and pace.room > START / 2 else 0
 
-    def _time(self) -> None:
-        """Time the draft model: a token at a time, and 16 as a prompt."""
+    def measure(self) -> None:
+        """Time steps, and the draft model: a token at a time, and READ as a prompt."""
+        super().measure()
         probe = Shadow([make() for make in self.plan.caches])
         for _ in range(2):
             began = perf_counter()
-            self._feed(probe, [0] * 16)
-            self.reading = (perf_counter() - began) / 16
+            self._feed(probe, [0] * READ)
+            self.reading = (perf_counter() - began) / READ
         for _ in range(2):
             began = perf_counter()
             self._feed(probe, [0])

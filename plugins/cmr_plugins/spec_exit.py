@@ -76,17 +76,15 @@ class SpecExit(Drafter):
         pace = self.pace
         if pace.room <= 0 or not pace.ready:
             return 0
-        if not pace.measured:
-            pace.measure(self.model, self.session.plan)
-            self._time()
         for choice in pace.choices(chances.ahead()[: self.depth], self.gain, self.each):
             if choice.risk <= pace.room:
                 return choice.depth
         look = pace.ratio(2) - 1 + self.each / pace.plain()
         return 1 if look < pace.room and pace.room > START / 2 else 0
 
-    def _time(self) -> None:
-        """Time a drafted token."""
+    def measure(self) -> None:
+        """Time steps, and a drafted token."""
+        super().measure()
         probe = rows_of(_Bare([make() for make in self.session.plan.caches]), [0], 0, prompt=False, want=1)
         for _ in range(3):
             began = perf_counter()

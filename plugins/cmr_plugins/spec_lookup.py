@@ -122,9 +122,6 @@ class SpecLookup(Drafter):
         choices = matches.memo.get(level)
         if choices is None:
             choices = matches.memo[level] = pace.choices(matches.ahead()[: self.depth], self.gain)
-            if choices and not pace.measured:
-                pace.measure(self.session.model, self.session.plan)
-                choices = matches.memo[level] = pace.choices(matches.ahead()[: self.depth], self.gain)
         return next((choice.depth for choice in choices if choice.risk <= pace.room), 0)
 
 

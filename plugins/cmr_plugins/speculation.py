@@ -21,6 +21,7 @@ DEPTHS = (1, 3, 7, 15)
 GRID = {1: 1.0, 2: 1.2, 4: 1.8, 8: 2.9, 16: 5.6}
 SHARE = 0.015  # of plain speed that drafts may cost where they fail
 CREDIT = 12.0  # plain tokens of earlier gain that may be risked
+UNTRIED = 0.9  # what the promise of a depth counts until it was tried, as the first step of a shape is recorded
 TIMES = 3  # the first step of a shape is recorded, later ones run from that
 MEASURE_SECONDS = 0.15
 PRIOR, MEMORY = 0.75, 0.95  # the chance of a drafted token before anything is known, and how long luck counts
@@ -116,7 +117,7 @@ class Pace:
         return self.ratios[low] + share * (self.ratios[high] - self.ratios[low])
 
     def choices(self, chances: Sequence[float], gain: float, each: float = 0.0) -> list[Choice]:
-        """Return the depths worth it, the fastest first.
+        """Return the depths worth it, the fastest first, of equal ones those that were tried.
 
         `chances` are those that a draft is right up to its 1st, 2nd, ... token, `each` the seconds that a
         drafted token costs, `gain` the least speed against plain.
@@ -131,13 +132,14 @@ class Pace:
             cost = (self.seconds(parts * (1 + depth)) + parts * depth * each) / plain
             if expected >= gain * cost:
                 found.append(Choice(depth, expected / cost, parts * (cost - 1)))
-        return sorted(found, key=lambda choice: -choice.speed)
+        tried = {depth for depth in DEPTHS if parts * (1 + depth) in self.times}
+        return sorted(found, key=lambda choice: -choice.speed * (1 if choice.depth in tried else UNTRIED))
 
-    def on_step(self, step: Any) -> None:
-        """Learn from a step without prompts, and keep the account."""
+    def on_step(self, step: Any) -> bool:
+        """Learn from a step without prompts, and keep the account; whether there was a draft in it."""
         if step.n_prompt:
             self.extra = 0.0
-            return
+            return False
         rows, self.parts = len(step.tokens), len(step.parts)
         drafted = rows > self.parts
         if drafted or self.extra:
@@ -148,6 +150,7 @@ class Pace:
         if seen is None:
             seen = self.times[rows] = deque(maxlen=8)
         seen.append(step.seconds)
+        return drafted
 
     def _account(self, step: Any, rows: int) -> None:
         """Add what a step gained or lost; one that was disturbed counts as twice its usual time."""
@@ -164,13 +167,24 @@ class Drafter:
     """What drafters that mind their pace share: the account of steps, and the session's figures."""
 
     pace: Pace
+    session: Any
+    gain: float
     drafts = drafted = accepted = 0
+
+    @hookimpl
+    def prepare_request(self) -> None:
+        """Time steps before the first request is under way."""
+        if self.gain and not self.pace.measured:
+            self.measure()
+
+    def measure(self) -> None:
+        """Time what drafts depend on."""
+        self.pace.measure(self.session.model, self.session.plan)
 
     @hookimpl
     def on_step(self, step: Any) -> None:
         """Learn what steps cost and what drafts gave."""
-        self.pace.on_step(step)
-        if len(step.tokens) > len(step.parts) and not step.n_prompt:
+        if self.pace.on_step(step):
             for part in step.parts:
                 self.drafts += bool(part.draft)
                 self.drafted += len(part.draft)

@@ -134,6 +134,8 @@ class Loop:
         if room <= 0:
             return []
         guess = self.plan.drafter.propose(seq)
+        if type(guess) is list and not guess:
+            return guess
         try:
             draft = [index(token) for token in guess][:room]
         except TypeError:

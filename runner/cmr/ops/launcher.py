@@ -91,7 +91,7 @@ class Launcher:
         self.threads = threads or processors()
         self.prompt_threads = prompt_threads or self.threads
         self.compiling: Callable[[str, float, bool], None] | None = None
-        self._pool = Pool(max(self.threads, self.prompt_threads))
+        self._pool, self._own = Pool(max(self.threads, self.prompt_threads)), True
         self._kernels: dict[str, Any] = {}
         self._addresses: dict[str, int] = {}
         self._fields = {name: Fields(len(names)) for name, names in JOBS.items()}
@@ -101,7 +101,14 @@ class Launcher:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.close()
+        if self._own:
+            self._pool.close()
+
+    def share(self, other: Launcher) -> None:
+        """Run jobs on the threads of another table, as those of two would stand in each other's way."""
+        self._pool, self._own = other._pool, False
+        self.threads = min(self.threads, self._pool.threads)
+        self.prompt_threads = min(self.prompt_threads, self._pool.threads)
 
     # -- kernels --
 

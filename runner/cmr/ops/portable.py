@@ -234,6 +234,9 @@ class PortableOps(PortablePages):
         if segments[0].turned_v:
             out[:] = turn(out)
 
+    def share(self, other: Any) -> None:
+        """Nothing to share: there are no threads."""
+
     def close(self) -> None:
         """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
 

@@ -147,5 +147,8 @@ class Ops(Protocol):
         their keys, less the most that this query can score with any ranked page. No window is obeyed.
         """
 
+    def share(self, other: Any) -> None:
+        """Use the threads of another table, which never runs at the same time; called before the first operation."""
+
     def close(self) -> None:
         """Give back threads and memory; the table must not be used afterwards."""
