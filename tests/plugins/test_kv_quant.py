@@ -47,7 +47,7 @@ def test_what_it_costs(options, text):
     for depth in (128, 512, 900):
         found = divergence_at_depth(tiny(), [f"kv-quant:{options}"], text, depth, 32)
         assert 0 < found.divergence.mean < COSTS[options], depth
-        assert found.divergence.same_top > (0.7 if "2" in options else 0.85)
+        assert found.divergence.same_top > (0.7 if "2" in options else 0.8)
 
 
 @pytest.mark.parametrize(("options", "bits"), BITS.items())
