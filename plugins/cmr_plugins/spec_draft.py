@@ -42,9 +42,9 @@ class SpecDraft(Drafter):
     depth: Annotated[int, "most tokens in a draft"] = 7
     gain: Annotated[float, "draft where it promises so many times plain speed; 0: always"] = 1.05
     window: Annotated[int, "most tokens of a text that the draft model reads when it begins"] = 512
-    threads: Annotated[
-        int | None, "threads of the draft model, among those of the model; none: what suits the machine"
-    ] = None
+    threads: Annotated[int | None, "threads of the model that drafts too; none: what suits the machine"] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= DEPTHS[-1] or self.gain < 0 or self.window < 2:

@@ -21,9 +21,7 @@ DEPTHS = (1, 3, 7, 15)
 GRID = {1: 1.0, 2: 1.2, 4: 1.8, 8: 2.9, 16: 5.6}
 SHARE = 0.015  # of plain speed that drafts may cost where they fail
 CREDIT = 12.0  # plain tokens of earlier gain that may be risked
-UNTRIED = (
-    0.9  # what the promise of a depth counts until it was tried, as the first step of a shape is recorded
-)
+UNTRIED = 0.9  # what the promise of a depth counts until its first step was recorded
 TIMES = 3  # the first step of a shape is recorded, later ones run from that
 MEASURE_SECONDS = 0.15
 PRIOR, MEMORY = 0.75, 0.95  # the chance of a drafted token before anything is known, and how long luck counts
