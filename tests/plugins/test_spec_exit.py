@@ -5,6 +5,8 @@ from tests.beside import BESIDE, PROMPTS, alone, answer, beside, tiny, together
 from tests.toy import MODEL
 
 import cmr
+from cmr.eval import divergence_at_depth
+from cmr.eval.following import written_text
 from cmr.testing import check
 from cmr_plugins.spec_exit import SpecExit
 
@@ -15,6 +17,13 @@ SEEDED = {"temp": 1.0, "seed": 5}
 @pytest.mark.parametrize("options", [{}, SEEDED], ids=["greedy", "seeded"])
 def test_tokens_are_the_plain_runs(plugin, options):
     assert alone([plugin], **options) == alone([], **options)
+
+
+def test_drafts_do_not_count_as_what_the_model_said():
+    with cmr.Session.open(tiny(), []) as session:
+        text = written_text(session, 120)
+    found = divergence_at_depth(tiny(), ["spec-exit:gain=0"], text, 64, 32).divergence
+    assert found.tokens == 32 and found.mean == 0
 
 
 @pytest.mark.parametrize("other", [other for other in BESIDE if other != "spec-lookup"])

@@ -25,11 +25,14 @@ class _Script:
         self.rows.append(logits.copy())
         return self._tokens[self._start + index]
 
-    def snapshot(self) -> None:
-        """There is no state."""
+    def snapshot(self) -> int:
+        """Return how many rows were kept, as a drafter asks before it samples ahead."""
+        return len(self.rows)
 
-    def restore(self, state: Any) -> None:
-        """There is no state."""
+    def restore(self, state: int) -> None:
+        """Forget the rows that were kept since."""
+        while len(self.rows) > state:
+            self.rows.pop()
 
 
 class Following:
