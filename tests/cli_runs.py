@@ -58,6 +58,12 @@ class Terminal:
         found, self.seen = self.seen[:place], self.seen[place:]
         return found
 
+    def wait_for_words(self) -> None:
+        """Read until anything but space shows, and leave it."""
+        while not self.seen.strip():
+            if not self._read():
+                raise AssertionError(f"nothing showed but {self.seen!r}")
+
     def type(self, text: str) -> None:
         """Type; \\x03 is Ctrl-C, \\x04 the end of the input."""
         os.write(self.fd, text.encode())

@@ -103,11 +103,11 @@ def test_a_chat_on_a_terminal(model):
 
 @on_terminal
 def test_ctrl_c_ends_the_answer_and_not_the_chat(model):
-    terminal = Terminal(model, *CHAT, "--ignore-eos", "-n", "100000", "-c", "100000")
+    terminal = Terminal(model, *CHAT, "--seed", "1", "--ignore-eos", "-n", "100000", "-c", "100000")
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for("Hello\r\n")
-    terminal.wait_for("a")  # of the answer
+    terminal.wait_for_words()  # of the answer
     terminal.type("\x03")
     terminal.wait_for("> ")
     terminal.type("\x03")
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model):
 
 @on_terminal
 def test_ctrl_c_right_behind_the_message_is_heeded(model):
-    terminal = Terminal(model, *CHAT, "--ignore-eos", "-n", "100000", "-c", "100000")
+    terminal = Terminal(model, *CHAT, "--seed", "1", "--ignore-eos", "-n", "100000", "-c", "100000")
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for("Hello\r\n")
