@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import sys
 import weakref
 from collections.abc import Iterator
@@ -40,6 +39,10 @@ class LayerStream:
         """Divide the weights into what stays and what is read; refuse a budget that makes no sense."""
         if not hasattr(model.file, "files"):
             raise PluginError("layer-stream reads weights from a GGUF file, and this model has none")
+        if any(file.copied for file in model.file.files):
+            raise PluginError(
+                "layer-stream saves memory, and the file was read into memory whole; map it instead"
+            )
         budget = int(self.share if self.share > 0 else -self.share * model.file.nbytes)
         self.source = Source(model, budget)
         return self.source
@@ -225,18 +228,16 @@ class Source:
     def _forget_map(self) -> None:
         """Take what was looked at in the mapped files out of memory."""
         for file in self.model.file.files:
-            if file.map is not None and hasattr(mmap, "MADV_DONTNEED"):
-                file.map.madvise(mmap.MADV_DONTNEED)
+            file.advise("MADV_DONTNEED")
 
     def _forget_embeddings(self) -> None:
         """Take the rows that were looked up out of memory."""
         table = self.plain.token_embd.owner
-        if self.fixed and table is self.plain.output[0][0].owner or not hasattr(mmap, "MADV_DONTNEED"):
+        if self.fixed and table is self.plain.output[0][0].owner:
             return
-        if table.source.map is not None:
-            start = -(-table.offset // PAGE) * PAGE
-            table.source.map.madvise(mmap.MADV_RANDOM, start, table.nbytes - (start - table.offset))
-            table.source.map.madvise(mmap.MADV_DONTNEED, start, table.nbytes - (start - table.offset))
+        start = -(-table.offset // PAGE) * PAGE
+        for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE", "MADV_DONTNEED"):
+            table.source.advise(advice, start, table.nbytes - (start - table.offset))
 
 
 def moved(ops: Any, layer: Any, unit: Unit, address: int) -> Any:

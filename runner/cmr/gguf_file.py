@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 import mmap
 import os
@@ -20,18 +22,30 @@ from cmr.quants import FORMATS, UNSUPPORTED, supported_names, type_name
 
 _PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _MAX_ELEMENTS = 2**63 - 1
+COPIED = 1 << 26  # bytes that are read at a time into memory
 
 
 class MappedFile:
     """A file mapped read-only: `path`, `nbytes`, and `address`, where its first byte lies in memory.
 
-    The map follows the file: when it shrinks while it is mapped, reading the lost part ends the process.
+    The map follows the file: when it shrinks while it is mapped, reading the lost part ends the process. With `copied`
+    the map is memory of this process, into which the file was read.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self.path, self.nbytes = path, len(mapped)
+    def __init__(self, path: Path, mapped: mmap.mmap, copied: bool = False) -> None:
+        self.path, self.nbytes, self.copied = path, len(mapped), copied
         self.map: mmap.mmap | None = mapped
         self.address: int = np.frombuffer(mapped, np.uint8, 1).__array_interface__["data"][0]
+
+    def advise(self, advice: str, start: int = 0, nbytes: int | None = None) -> None:
+        """Tell the kernel how bytes of the map will be used, as in "MADV_RANDOM"; `start` is a whole page.
+
+        Nothing happens where the system does not know the advice, in a copy, or once closed.
+        """
+        code = getattr(mmap, advice, None)
+        if code is not None and self.map is not None and not self.copied:
+            with suppress(OSError):
+                self.map.madvise(code, start, self.nbytes - start if nbytes is None else nbytes)
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """Return a read-only uint8 [nbytes] view of the map at `offset`; raises FileError once closed."""
@@ -123,19 +137,20 @@ class _Part(NamedTuple):
     header: Header
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+def open_gguf(path: str | os.PathLike[str], mapped: bool = True) -> GGUFFile:
     """Map the GGUF file at `path` and decode its header; any part of a split model opens the whole model.
 
+    Without `mapped` its bytes are read into memory of this process.
     Raises FileError, and nothing else, whatever the file system says and whatever the bytes of the file are.
     Split files: https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split
     """
     path = Path(path)
     opened: list[MappedFile] = []
     try:
-        given = _open_part(path, opened)
+        given = _open_part(path, mapped, opened)
         parts = []
         for number, name in enumerate(_part_paths(path, given.header)):
-            part = given if name == path else _open_part(name, opened)
+            part = given if name == path else _open_part(name, mapped, opened)
             _check_part(part, number, given.header)
             parts.append(part)
         result = GGUFFile(path, parts)
@@ -147,17 +162,27 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         raise
 
 
-def _map(path: Path) -> mmap.mmap:
+def _open_part(path: Path, mapped: bool, opened: list[MappedFile]) -> _Part:
+    file = MappedFile(path, _bytes(path, mapped), copied=not mapped)
+    opened.append(file)
+    # In pages of 2 MiB bytes come faster and cost fewer look-ups; what the system has in small ones stays so.
+    file.advise("MADV_HUGEPAGE")
+    assert file.map is not None
+    return _Part(file, read_header(file.map, file.nbytes, str(path)))
+
+
+def _bytes(path: Path, mapped: bool) -> mmap.mmap:
     try:
         # Look before opening: to open a pipe is to wait for whoever writes into it.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise FileError(f"{path} is {kind}; give the path of a GGUF file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
                 raise FileError(f"{path} is empty; give the path of a GGUF file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else _copy(file, size)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist; give the path of a GGUF file") from None
     except (OSError, ValueError) as error:
@@ -165,11 +190,19 @@ def _map(path: Path) -> mmap.mmap:
         raise FileError(f"{path} cannot be read: {reason}") from None
 
 
-def _open_part(path: Path, opened: list[MappedFile]) -> _Part:
-    mapped = _map(path)
-    file = MappedFile(path, mapped)
-    opened.append(file)
-    return _Part(file, read_header(mapped, file.nbytes, str(path)))
+def _copy(file: io.FileIO, size: int) -> mmap.mmap:
+    """Read the file into memory of this process, in large pages where there are some."""
+    memory = mmap.mmap(-1, size)
+    if advice := getattr(mmap, "MADV_HUGEPAGE", None):
+        with suppress(OSError):
+            memory.madvise(advice)
+    with memoryview(memory) as view:
+        done = 0
+        while done < size:
+            if not (got := file.readinto(view[done : done + COPIED])):
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            done += got
+    return memory
 
 
 def _split_count(header: Header) -> int:

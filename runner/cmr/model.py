@@ -36,14 +36,16 @@ def open_model(
     device: str = "cpu",
     context: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    mapped: bool = True,
 ) -> Model:
     """Open a GGUF model; weights stay mapped and are read when they are used.
 
     `threads` serve generated tokens, `prompt_threads` prompts (None: what suits the machine). `context` is
     the most tokens a sequence may have (None: what the model was trained for). `overrides` replace metadata
-    by full keys. Raises FileError for a bad file, ModelError for a model that is not supported.
+    by full keys. Without `mapped` the file is read into memory first, in large pages where the system has
+    some. Raises FileError for a bad file, ModelError for a model that is not supported.
     """
-    file = open_gguf(path)
+    file = open_gguf(path, mapped)
     try:
         config = read_config(file, context, overrides)
         return Model(file, config, open_ops(device, threads, prompt_threads), overrides)

@@ -124,7 +124,6 @@ MISTAKES = {
     "sampler": ("MODEL -p x --samplers top_q", "sampler 'top_q' is not known"),
     "without effect": ("MODEL -p x --mirostat 2 --top-k 5", "--top-k does nothing with Mirostat"),
     "gpu": ("MODEL -p x -ngl 99", "-ngl 99 asks for a GPU"),
-    "no-mmap": ("MODEL -p x --no-mmap", "--no-mmap cannot be honoured"),
     "kv types": ("MODEL -p x -ctk q7_0", "there is no type q7_0; there are: f16, q8_0"),
     "device": ("MODEL -p x --device tpu", "device 'tpu' is not supported; there are: cpu, portable"),
     "plugin": ("MODEL -p x --plugin nope", "there is no plugin 'nope'"),
@@ -236,6 +235,11 @@ def test_the_locale_does_not_matter(model, story):
 def test_mlock_keeps_the_file_in_memory_or_says_why_not(model):
     result = run(model, *STORY, "--mlock")
     assert result.returncode == 0 or "--mlock cannot keep" in result.stderr
+
+
+def test_a_file_may_be_read_instead_of_mapped(model, story):
+    result = run(model, *STORY, "--no-mmap")
+    assert result.returncode == 0 and result.stdout == story.stdout
 
 
 def test_version_names_what_runs():

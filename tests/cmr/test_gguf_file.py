@@ -141,6 +141,25 @@ def test_views_outlive_close_and_new_ones_are_refused(tmp_path):
     file.close()
 
 
+def test_a_copy_holds_what_the_map_holds(parts):
+    with open_gguf(parts[0]) as mapped, open_gguf(parts[0], mapped=False) as copied:
+        assert mapped.metadata == copied.metadata and list(mapped.tensors) == list(copied.tensors)
+        for name, tensor in mapped.tensors.items():
+            assert copied.tensors[name].data.tobytes() == tensor.data.tobytes()
+        assert all(file.copied for file in copied.files) and not any(file.copied for file in mapped.files)
+
+
+def test_advice_loses_nothing(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", {}, {"w": ONES})
+    for mapped in (True, False):
+        file = open_gguf(path, mapped)
+        for advice in ("MADV_DONTNEED", "MADV_NO_SUCH_ADVICE"):
+            file.files[0].advise(advice)
+        assert file.tensors["w"].data.view(np.float32).tolist() == ONES.tolist()
+        file.close()
+        file.files[0].advise("MADV_DONTNEED")
+
+
 # -- types ------------------------------------------------------------------------
 
 
@@ -281,7 +300,7 @@ def test_a_pipe_does_not_block(tmp_path):
 def test_no_permission(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "a.gguf")
 
-    def denied(*_):
+    def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     # By hand, because the superuser, who runs tests in containers, may read everything.

@@ -170,6 +170,13 @@ def test_refusals_are_polite(stream):
         Session.open(MODEL, ["layer-stream"])
 
 
+def test_a_file_that_was_read_whole_is_refused(path, device):
+    model = open_model(path, device=device, mapped=False)
+    with pytest.raises(PluginError, match="was read into memory whole"):
+        Session.open(model, ["layer-stream"])
+    model.close()
+
+
 def test_a_step_that_ends_early_leaves_nothing_behind(stream, model):
     class Exit:
         @hookimpl

@@ -23,17 +23,20 @@ WORDS = THINGS + COLORS + ADJECTIVES
 
 
 def recall(rng, filler, room):
-    """State facts, tell other stories, then ask for the facts."""
-    n = rng.choice((1, 1, 2, 3, 4))
+    """State facts, then ask for all of them, up to four times, with stories between."""
+    n = rng.choice((1, 1, 2, 3, 4, 6, 8))
     owners = rng.sample(NAMES + [f"the {t}" for t in THINGS], n)
     facts = [(o, value(rng)) for o in owners]
     doc = [(piece, w) for o, v in facts for piece, w in ((f"The secret of {o} is ", 0.0), (f"{v}.\n", 0.0))]
-    chars = int(rng.choice((0, 0.1, 0.3, 1.0)) * rng.random() * max(0, room - 40 * n - 60) * 3.5)
-    if chars > 60:
-        doc.append((f"\n{filler(chars)}\n\n", 1.0))
-    rng.shuffle(facts)
-    for o, v in facts:
-        doc += [(f"The secret of {o} is ", 0.0), (f"{v}.\n", 3.0)]
+    rounds = rng.randint(1, max(1, min(4, room // (20 * n) - 1)))
+    chars = int(rng.choice((0, 0.1, 0.3, 1.0)) * max(0, room - 20 * n * (rounds + 1)) * 3.5 / rounds)
+    for _ in range(rounds):
+        between = int(chars * rng.random())
+        if between > 60:
+            doc.append((f"\n{filler(between)}\n\n", 1.0))
+        rng.shuffle(facts)
+        for o, v in facts:
+            doc += [(f"The secret of {o} is ", 0.0), (f"{v}.\n", 3.0)]
     return doc
 
 
@@ -156,7 +159,7 @@ def storytelling(rng, filler, room):
 
 
 MIX = {
-    recall: 12,
+    recall: 16,
     copying: 7,
     counting: 2,
     as_json: 2,

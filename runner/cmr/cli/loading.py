@@ -27,6 +27,7 @@ def load(args: argparse.Namespace) -> Model:
             device=args.device,
             context=args.ctx_size or None,
             overrides=_overrides(args),
+            mapped=not args.no_mmap,
         )
     trained = model.config.n_ctx_train
     if args.ctx_size > trained:

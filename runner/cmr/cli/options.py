@@ -137,7 +137,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     add("-ngl", "--gpu-layers", "--n-gpu-layers", type=whole(), default=0, metavar="N",
         help="layers on a GPU: 0, until there is a device table for one")  # fmt: skip
     add("--mlock", action="store_true", help="keep the file's pages in memory")
-    add("--no-mmap", action="store_true", help="refused: weights are read from the map; see --mlock")
+    add("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     add("--rope-scaling", choices=["none", "linear", "yarn"], help="how positions beyond training are scaled")
     add("--rope-scale", type=real(1e-6), metavar="X", help="the factor of --rope-scaling")
     add("--rope-freq-base", type=real(1e-6), metavar="X", help="the base of the rotary frequencies")
@@ -201,10 +201,6 @@ def refuse_unmet(args: argparse.Namespace) -> None:
         raise RequestError('a model is needed, as in: cmr-run model.gguf -p "Once upon a time"')
     if args.gpu_layers > 0:
         raise RequestError(f"-ngl {args.gpu_layers} asks for a GPU, and none can be used yet; try -ngl 0")
-    if args.no_mmap:
-        raise RequestError(
-            "--no-mmap cannot be honoured: weights are read where they are mapped; see --mlock"
-        )
     if args.rope_scale is not None and args.rope_scaling in (None, "none"):
         raise RequestError("--rope-scale needs --rope-scaling linear or yarn")
     if args.no_conversation and (args.chat or args.single_turn or args.system_prompt):

@@ -146,9 +146,10 @@ class Control:
         """The float32 whose bits are the low half of an i64."""
         return self.b.bitcast(self.b.trunc(bits, I32), F32)
 
-    def prefetch(self, address):
+    def prefetch(self, address, near=False):
+        """Ask for a line into the second cache, or into the nearest; what is read once better leaves that one alone."""
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3 if near else 2), I32(1))
 
     def copy(self, target, source, size):
         """Copy size bytes (a value or a constant)."""

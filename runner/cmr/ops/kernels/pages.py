@@ -251,7 +251,7 @@ class _Item:
         v, row = self.v, self.segment.f[base + "_row"]
         first = self.segment.row(base, place)
         with v.loop(0, v.mul(held, row), 64) as at:
-            v.prefetch(v.add(first, at))
+            v.prefetch(v.add(first, at), near=True)
 
     def _page(self, index):
         """The first slot of a listed page, and how many of its slots are seen."""

@@ -15,11 +15,7 @@ from .emit import TARGET, emitter
 from .formats import FLOATS, LAYOUTS, STEP, load_floats
 from .vector import F32, I8, I32, fill
 
-AHEAD = 4096  # bytes of weights asked for in advance
-NEAR, NARROW = (
-    256,
-    4096,
-)  # the same of wider rows, whose activations fill the nearest cache; columns of others
+AHEAD = 8192  # bytes of weights asked for in advance, to wait in the second cache
 TOGETHER = 16  # rows whose lanes are added up in one go
 LANES = TOGETHER * 64  # bytes of their sums
 PAIRED = 4  # tokens at a time from which two rows share what is read of them, if there are registers
@@ -104,12 +100,11 @@ def _quant_rows(v, name, weights, xs, x_stride, columns, tail):
     """The sums of each row for every token, in 16 lanes."""
     layout = LAYOUTS[name]
     accs = [[v.variable(fill(F32, 16, 0.0)) for _ in xs] for _ in weights]
-    ahead = v.choose(v.compare(columns, "<=", NARROW), AHEAD, NEAR)
     with v.loop(0, v.b.lshr(columns, v.i(8))) as i:
         here = [v.add(w, v.mul(i, layout.bytes)) for w in weights]
         for w in here:
             for line in range(0, layout.bytes, 64):
-                v.prefetch(v.add(w, ahead, line))
+                v.prefetch(v.add(w, AHEAD + line))
         at = v.mul(i, x_stride)
         _add_block(v, layout, accs, here, [v.add(x, at) for x in xs])
     if layout.smallest < STEP:
