@@ -66,6 +66,8 @@ def _words(v, data, order):
 
 def _bits(v, words, counts, mask):
     """Shift each lane right by its count (left where negative), and keep the bits of `mask` in every byte."""
+    if v.target.gfni and any(counts) and counts[::2] == counts[1::2]:
+        return v.move_bits(v.cast(words, I8, 64), counts[::2], mask)
     if min(counts) >= 0:
         words = v.b.lshr(words, const(I32, counts)) if any(counts) else words
     else:

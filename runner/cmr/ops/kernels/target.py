@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 from cmr.errors import ModelError
 
-VARIANTS = ("avx512vnni", "avx512", "avxvnni", "avx2", "plain")
+VARIANTS = ("avx512gfni", "avx512vnni", "avx512", "avxvnni", "avx2", "plain")
+_WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c", "fma")
 _NEEDS = {
-    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "f16c", "fma"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c", "fma"),
+    "avx512gfni": (*_WIDE, "avx512vnni", "gfni"),
+    "avx512vnni": (*_WIDE, "avx512vnni"),
+    "avx512": _WIDE,
     "avxvnni": ("avx2", "avxvnni", "f16c", "fma"),
     "avx2": ("avx2", "f16c", "fma"),
     "plain": (),
 }
 _LLVM_CPU = {
+    "avx512gfni": "icelake-client",
     "avx512vnni": "cascadelake",
     "avx512": "skylake-avx512",
     "avxvnni": "alderlake",
@@ -38,7 +41,13 @@ class Target:
 
     @property
     def vnni(self):
-        return self.variant in ("avx512vnni", "avxvnni")
+        """Whether one instruction adds up four products of bytes."""
+        return self.variant in ("avx512gfni", "avx512vnni", "avxvnni")
+
+    @property
+    def gfni(self):
+        """Whether one instruction moves the bits of each byte and masks them."""
+        return self.variant == "avx512gfni"
 
     @property
     def half(self):

@@ -140,10 +140,20 @@ class Vectors(Lanes):
         parts = [operation(*(self.part(v, at, size) for v in vectors)) for at in range(0, count, size)]
         return self.join(parts)
 
+    def move_bits(self, x, counts, mask):
+        """Move the bits of 64 bytes right by counts[i] in the i-th eight of them (left where negative), and mask them.
+
+        Each bit of a byte is made by a row of a matrix, the highest bit by the first byte of it (GF2P8AFFINEQB).
+        """
+        kept = [bit for bit in range(8) if mask >> bit & 1]
+        rows = [sum(1 << (bit + count) << 8 * (7 - bit) for bit in kept) for count in counts]
+        matrix = self.cast(const(I64, rows), I8, 64)
+        return self.call("llvm.x86.vgf2p8affineqb.512", x.type, x, matrix, I8(0))
+
     def dot4(self, total, u, s, wide=False):
         """total + the sums of four products u*s in each i32 lane; u unsigned bytes (to 127 unless wide), s signed."""
         lanes = total.type.count
-        if self.target.variant == "avx512vnni" and lanes == 16:
+        if self.target.wide and self.target.vnni and lanes == 16:
             return self.call("llvm.x86.avx512.vpdpbusd.512", total.type, total, u, s)
         if self.target.vnni:
             low = self.call(
