@@ -18,6 +18,7 @@ GROUPS = 2 if TARGET.wide else 1  # row vectors of 16 in a tile
 TILE = 6 if TARGET.wide else 3  # tokens in a tile
 ROWS = 16 * GROUPS
 CHUNK = 512  # quantized columns unpacked at a time
+SHARED = 32  # columns whose activations share a scale
 FLOAT_STEP = 64
 FLOAT_CHUNK = 128
 GROUP_BYTES = {
@@ -179,9 +180,9 @@ def tile(v, args, sub, kind):
         records = [v.add(x, v.mul(v.b.lshr(column, v.i(8)), x_stride)) for x in xs]
         if shift is not None:
             _store_firsts(v, sub, shift, records, firsts)
-        with v.loop(0, STEP // sub) as i:
-            _sub_block(v, sub, shift, accs, records, firsts, i, v.get(block))
-            v.set(block, v.add(v.get(block), size))
+        with v.loop(0, STEP // SHARED) as i:
+            _add_shared(v, sub, shift, accs, records, firsts, i, v.get(block))
+            v.set(block, v.add(v.get(block), SHARED // sub * size))
     _store_sums(v, zs, accs)
 
 
@@ -189,30 +190,45 @@ def _store_firsts(v, sub, shift, records, firsts):
     """Note for each token and run what the integer sum of a sub-block begins with: the offset's share."""
     for t, record in enumerate(records):
         n = v.load(v.add(record, N), I32, 16)
-        if sub == 32:
+        if sub == SHARED:
             n = v.b.add(n, v.shuffle(n, None, [j ^ 1 for j in range(16)]))
         v.store(v.add(firsts, 64 * t), v.b.shl(n, fill(I32, 16, shift)))
 
 
-def _sub_block(v, sub, shift, accs, records, firsts, i, block):
-    """Add the i-th sub-block of 256 columns to the sums of every token."""
+def _add_shared(v, sub, shift, accs, records, firsts, i, block):
+    """Add the i-th SHARED columns of 256, which share their activations' scales, to the sums of every token."""
+    scaled: list = []
+    for half in range(SHARED // sub):
+        there = v.add(block, half * (16 * sub + 128))
+        run = v.mul(
+            v.add(v.mul(i, SHARED // sub), half), sub // 4
+        )  # where its first lane lies in a record's vectors
+        scaled = _add_sub_block(
+            v, sub, shift, scaled, accs, [v.add(r, run) for r in records], v.add(firsts, run), there
+        )
+    for record, row, sums in zip(records, scaled, accs):
+        d = v.splat(v.load(v.add(record, D, v.mul(i, SHARED // 4)), F32), 16)
+        for total, x in zip(sums, row):
+            v.set(total, v.fma(x, d, v.get(total)))
+
+
+def _add_sub_block(v, sub, shift, scaled, accs, xs, firsts, block):
+    """Return `scaled`, the sums of quants times weights, with one sub-block's; minima go to the sums of every token."""
     stride = GROUP_BYTES[sub]
-    run = v.mul(i, sub // 4)  # where the lane of its first run lies in each vector of a record
-    begin = [v.add(firsts, 64 * t, run) for t in range(TILE)] if shift is not None else None
-    ints = _integer_dots(v, sub, [v.add(record, run) for record in records], block, stride, begin, shift == 7)
-    scale = [v.load(v.add(block, g * stride + 16 * sub), F32, 16) for g in range(GROUPS)]
-    if shift is None:
-        low = [v.load(v.add(block, g * stride + 16 * sub + 64), F32, 16) for g in range(GROUPS)]
-    for t, record in enumerate(records):
-        d = v.splat(v.load(v.add(record, D, run), F32), 16)
-        if shift is None:
-            s = v.load(v.add(record, S, run), F32)
-            s = v.splat(v.b.fadd(s, v.load(v.add(record, S + 4, run), F32)) if sub == 32 else s, 16)
-        for g in range(GROUPS):
-            total = v.get(accs[t][g])
-            if shift is None:
-                total = v.fma(low[g], s, total)
-            v.set(accs[t][g], v.fma(v.to_float(ints[t][g]), v.b.fmul(scale[g], d), total))
+    begin = [v.add(firsts, 64 * t) for t in range(TILE)] if shift is not None else None
+    ints = _integer_dots(v, sub, xs, block, stride, begin, shift == 7)
+    scale, low = (
+        [v.load(v.add(block, g * stride + 16 * sub + at), F32, 16) for g in range(GROUPS)] for at in (0, 64)
+    )
+    for x, sums in zip(xs, accs) if shift is None else ():
+        s = v.load(v.add(x, S), F32)
+        s = v.splat(v.b.fadd(s, v.load(v.add(x, S + 4), F32)) if sub == SHARED else s, 16)
+        for total, least in zip(sums, low):
+            v.set(total, v.fma(least, s, v.get(total)))
+    floats = [[v.to_float(x) for x in row] for row in ints]
+    if not scaled:
+        return [[v.b.fmul(x, by) for x, by in zip(row, scale)] for row in floats]
+    return [[v.fma(x, by, z) for x, by, z in zip(row, scale, before)] for row, before in zip(floats, scaled)]
 
 
 def _integer_dots(v, sub, xs, block, stride, begin, wide):
