@@ -162,6 +162,21 @@ def test_tasks_hold_their_answers(vocabulary, texts):
         assert text.count(line) >= 2
 
 
+def test_documents_are_encoded_as_a_user_would_write_them(vocabulary, texts):
+    rng, rows = random.Random(4), Rows(vocabulary, {})
+    for task in tasks.MIX:
+        doc = task(rng, lambda chars: "Tom\u2019s caf\u00e9 had a ball. " * (1 + chars // 22), 400)
+        pairs = rows.encode(doc)
+        text = "".join(part for part, _ in doc)
+        for mark in vocabulary.marks:
+            text = text.replace(mark, "\0")
+        plain = [i for part in text.split("\0") for i in vocabulary.encode(part)]
+        assert [i for i, _ in pairs if i not in vocabulary.marks.values()] == plain, task
+    pairs = rows.encode([("Tom \u00e9", 0.5), (" ball", 2.0), ("<|end|>", 0.0), (" cat", 1.0)])
+    said = {weight: vocabulary.decode(i for i, w in pairs if w == weight) for weight in (0.5, 2.0, 1.0)}
+    assert said == {0.5: "Tom \u00e9", 2.0: " ball", 1.0: " cat"}
+
+
 def test_rows_are_full_and_weighted(vocabulary, texts):
     rows = Rows(vocabulary, {"stories": [np.array(vocabulary.encode(t), np.uint16) for t in texts]}, seed=5)
     tokens, weights = rows.batch(16, 128)

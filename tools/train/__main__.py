@@ -35,8 +35,10 @@ def main(argv=None):
     state = torch.load(run_folder / args.model / "checkpoint.pt", map_location="cpu", weights_only=False)
     shape = Shape(**state["shape"])
     weights = state["average"] if args.average else state["model"]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     for kind in args.types.split(","):
-        write_gguf(Path(args.out) / f"{args.model}-{kind}.gguf", shape, weights, vocabulary, kind, args.model)
+        write_gguf(out / f"{args.model}-{kind}.gguf", shape, weights, vocabulary, kind, args.model)
     model = Llama(shape)
     model.load_state_dict(weights)
     figures = evaluate.report(model.eval(), vocabulary, Path(args.texts) / args.held_out)

@@ -1,6 +1,8 @@
 """Fill training rows with documents: texts in epochs, synthetic documents where they fit whole."""
 
 import random
+from bisect import bisect_right
+from itertools import accumulate, groupby
 
 import numpy as np
 from tools.train import tasks
@@ -57,13 +59,22 @@ class Rows:
         return pairs if len(pairs) <= room else []
 
     def encode(self, doc):
-        """Return the (token, weight) pairs of a synthetic document's parts."""
-        marks = self.vocabulary.marks
-        return [
-            (t, w)
-            for part, w in doc
-            for t in ([marks[part]] if part in marks else self.vocabulary.encode(part))
-        ]
+        """Return the (token, weight) pairs of a synthetic document's parts.
+
+        Text between marks is encoded as one, as a user's would be; a token has the weight of where it ends.
+        """
+        pairs = []
+        for marked, parts in groupby(doc, lambda part: part[0] in self.vocabulary.marks):
+            if marked:
+                pairs += [(self.vocabulary.marks[mark], weight) for mark, weight in parts]
+            else:
+                pairs += self._encode_text(list(parts))
+        return pairs
+
+    def _encode_text(self, parts):
+        ends = list(accumulate(len(text.encode()) for text, _ in parts))
+        placed = self.vocabulary.placed("".join(text for text, _ in parts))
+        return [(token, parts[bisect_right(ends, place)][1]) for token, place in placed]
 
     def _filler(self, chars):
         """Return story text of about `chars` characters; 0 asks for one whole story."""

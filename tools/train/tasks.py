@@ -27,7 +27,7 @@ def recall(rng, filler, room):
     n = rng.choice((1, 1, 2, 3, 4, 6, 8))
     owners = rng.sample(NAMES + [f"the {t}" for t in THINGS], n)
     facts = [(o, value(rng)) for o in owners]
-    doc = [(piece, w) for o, v in facts for piece, w in ((f"The secret of {o} is ", 0.0), (f"{v}.\n", 0.0))]
+    doc = [(piece, w) for o, v in facts for piece, w in ((f"The secret of {o} is", 0.0), (f" {v}.\n", 0.0))]
     rounds = rng.randint(1, max(1, min(4, room // (20 * n) - 1)))
     chars = int(rng.choice((0, 0.1, 0.3, 1.0)) * max(0, room - 20 * n * (rounds + 1)) * 3.5 / rounds)
     for _ in range(rounds):
@@ -36,7 +36,7 @@ def recall(rng, filler, room):
             doc.append((f"\n{filler(between)}\n\n", 1.0))
         rng.shuffle(facts)
         for o, v in facts:
-            doc += [(f"The secret of {o} is ", 0.0), (f"{v}.\n", 3.0)]
+            doc += [(f"The secret of {o} is", 0.0), (f" {v}.\n", 3.0)]
     return doc
 
 
@@ -55,7 +55,7 @@ def copying(rng, filler, room):
     else:
         text = " ".join(rng.choice(WORDS) for _ in range(length))
     copies = rng.randint(1, 3 if room > 5 * length + 20 else 1)
-    return [("Copy: ", 0.0), (text, 0.0), ("\n", 0.3), *[("Copy: ", 0.3), (text + "\n", 2.0)] * copies]
+    return [(f"Copy: {text}", 0.0), ("\n", 0.3), *[("Copy:", 0.3), (f" {text}\n", 2.0)] * copies]
 
 
 def counting(rng, filler, room):
@@ -63,7 +63,7 @@ def counting(rng, filler, room):
     if rng.random() < 0.5:
         start, step, n = rng.randint(0, 60), rng.choice((1, 1, 2, 5, 10, -1)), rng.randint(4, 10)
         numbers = [start + step * i for i in range(n) if start + step * i >= 0]
-        return [("Count: ", 0.3), (", ".join(map(str, numbers)) + "\n", 1.0)]
+        return [("Count:", 0.3), (" " + ", ".join(map(str, numbers)) + "\n", 1.0)]
     items = rng.sample(THINGS, rng.randint(2, 6))
     listed = ", ".join(items[:-1]) + " and " + items[-1]
     lines = "".join(f"{i}. {item}\n" for i, item in enumerate(items, 1))
@@ -78,7 +78,7 @@ def as_json(rng, filler, room):
     text = f"{name} is {age} years old. {name} has a {color} hat and likes the {' and the '.join(likes)}."
     if rng.random() < 0.4:
         return chat(f"Write this as JSON. {text}", json.dumps(fact))
-    return [(text + "\nJSON: ", 0.3), (json.dumps(fact) + "\n", 1.5)]
+    return [(text + "\nJSON:", 0.3), (" " + json.dumps(fact) + "\n", 1.5)]
 
 
 def sum_of(rng):

@@ -1,6 +1,7 @@
 """One sentencepiece vocabulary for the family: BPE with byte fallback, split digits and chat marks."""
 
 import io
+from itertools import accumulate
 
 import sentencepiece
 
@@ -49,6 +50,15 @@ class Vocabulary:
     def encode(self, text):
         """Return the ids of plain `text`, with no begin or end mark."""
         return self.model.encode(text)
+
+    def placed(self, text):
+        """Return (id, the byte of `text` in which it ends) of each piece of plain `text`."""
+        ids = self.encode(text)
+        sizes = (1 if self.model.is_byte(i) else len(self._text(i).encode()) for i in ids)
+        return [(i, end - 1) for i, end in zip(ids, accumulate(sizes), strict=True)]
+
+    def _text(self, i):
+        return self.model.id_to_piece(i).replace("\u2581", " ")
 
     def decode(self, ids):
         """Return the text of `ids`; control marks vanish."""
