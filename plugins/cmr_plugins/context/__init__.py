@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from cmr import DiskError, DiskSpace, PluginError, hookimpl, plugin
-from cmr_plugins.context.bounded import ENDLESS, Bounded
+from cmr_plugins.context.endless import ENDLESS, Endless
 from cmr_plugins.context.pages import PagedCache
 from cmr_plugins.context.shift import check, shift
 from cmr_plugins.sizes import read_size
@@ -78,7 +78,7 @@ class Context:
     def scheduler(self) -> Any:
         """Let no step go beyond the end of the context, and answers go on behind it."""
         inner = yield
-        return Bounded(inner, self.border) if self.policy in GO_ON else inner
+        return Endless(inner, self.room_of) if self.policy in GO_ON else inner
 
     @hookimpl
     def start_session(self, session: Any) -> None:
@@ -128,6 +128,12 @@ class Context:
     def border(self, at: int) -> int:
         """The next position behind `at` at which the context is full."""
         return self.context + self.dropped * max(0, (at - self.context) // self.dropped + 1)
+
+    def room_of(self, seq: Any) -> int:
+        """How many rows a sequence may feed before the context is full."""
+        after = None if seq.started else seq.request.after  # it may begin where that one ended
+        at = seq.cached if after is None else max(seq.cached, after.cached)
+        return self.border(at) - at
 
     def _make_room(self, seq: Any) -> None:
         if self.policy == "shift":

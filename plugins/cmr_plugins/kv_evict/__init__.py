@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from cmr import AttnRule, LayerCache, PluginError, hookimpl, plugin
-from cmr_plugins.kv_evict.borders import Borders, Bounded
+from cmr_plugins.bounded import Bounded
+from cmr_plugins.kv_evict.borders import Borders
 from cmr_plugins.kv_evict.budgets import by_layer
 from cmr_plugins.kv_evict.held import Held
 from cmr_plugins.kv_evict.policies import POLICIES
@@ -61,7 +62,7 @@ class KvEvict:
     def scheduler(self) -> Any:
         """Let no step go beyond the next position at which layers are cut."""
         inner = yield
-        return Bounded(inner, self.borders)
+        return Bounded(inner, self.borders.room)
 
     @hookimpl
     def start_session(self, session: Any) -> None:

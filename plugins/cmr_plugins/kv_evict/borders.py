@@ -36,32 +36,14 @@ class Borders:
         late = border - self.window
         return late if self.window and seq.role(at)[0] and at < late else border
 
+    def room(self, seq: Any) -> int:
+        """How many rows a sequence may feed in a step."""
+        if not seq.started and seq.request.after is not None:
+            return 1  # where it begins is known once it took the earlier one's KV over
+        return self.stop(seq, seq.cached) - seq.cached
+
     @staticmethod
     def start(seq: Any, at: int) -> int:
         """Where the role of the token at `at` began."""
         turn = bisect_right(seq.borders, at)
         return seq.borders[turn - 1] if turn else 0
-
-
-class Bounded:
-    """A scheduler whose sequences feed no further than their next border."""
-
-    def __init__(self, inner: Any, borders: Borders) -> None:
-        self.inner, self.borders = inner, borders
-
-    def add(self, seq: Any) -> None:
-        """Take a sequence in."""
-        self.inner.add(seq)
-
-    def remove(self, seq: Any) -> None:
-        """Let a sequence go."""
-        self.inner.remove(seq)
-
-    def pick(self) -> list[tuple[Any, int]]:
-        """Return what the scheduler picked, with fewer rows where a border is nearer."""
-        return [(seq, min(rows, self._room(seq))) for seq, rows in self.inner.pick()]
-
-    def _room(self, seq: Any) -> int:
-        if not seq.started and seq.request.after is not None:
-            return 1  # where it begins is known once it took the earlier one's KV over
-        return self.borders.stop(seq, seq.cached) - seq.cached
