@@ -1,50 +1,28 @@
 """context: what each policy does at the end of the context, and that a shift keeps every distance."""
 
-from contextlib import closing
-
 import numpy as np
 import pytest
-from tests.models import RECIPES, Recipe, write_model
-from tests.toy import MODEL, Copies, Together, answer
+from tests.models import Recipe
+from tests.small_context import TEXT, answers, opener, rows
+from tests.toy import MODEL, Copies, Preempts, Together, answer
 
-from cmr import LayerCache, PluginError, RequestError, Session, hookimpl, open_model
-from cmr.eval import Following
+from cmr import LayerCache, PluginError, RequestError, Session, hookimpl
 from cmr.testing import check
 
 CONTEXT, KEEP = 64, 4
 SHIFT = f"context:policy=shift,keep={KEEP}"
-TEXT = np.random.default_rng(0).integers(1, 96, 400).tolist()
+PROMPTS = ([1, 2, 3], TEXT[:40], TEXT[50:112])
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, device):
-    """Open a model of a recipe, with its context cut to CONTEXT."""
-    folder, made = tmp_path_factory.mktemp("context"), {}
-
-    def opened(name, recipe):
-        if name not in made:
-            made[name] = open_model(
-                write_model(folder / f"{name}.gguf", recipe), device=device, context=CONTEXT
-            )
-        return made[name]
-
-    yield opened
-    for model in made.values():
-        model.close()
+    with opener(tmp_path_factory.mktemp("context"), device, CONTEXT) as opened:
+        yield opened
 
 
 @pytest.fixture
 def llama(models):
-    return models("llama", RECIPES["llama"])
-
-
-def rows(session, tokens, n_prompt):
-    """The logits of each token behind the prompt of a text that is fed as if generated."""
-    with closing(Following(session, tokens, n_prompt)) as following:
-        found = []
-        while (row := following.row()) is not None:
-            found.append(row)
-        return np.array(found)
+    return models("llama")
 
 
 SINGLE = {
@@ -132,39 +110,14 @@ def test_no_more_than_the_context_is_held_and_positions_have_no_gap(llama):
     assert session.report()["context"]["shifts"] == 6
 
 
-PROMPTS = ([1, 2, 3], TEXT[:40], TEXT[50:112])
-
-
-def answers(session, n=120):
-    sampling = {
-        "temp": 1.0,
-        "seed": 3,
-        "ignore_eos": True,
-    }  # the likeliest token would be the same again and again
-    made = [session.add(session.request(p, max_tokens=n, **sampling)) for p in PROMPTS]
-    while session.step():
-        pass
-    assert [seq.error for seq in made] == [None] * len(made)
-    return [seq.new for seq in made]
-
-
-class Interrupts(Together):
-    def pick(self):
-        for seq in self.queue:
-            if seq.n_new in (5, 90) and seq.notes.get("freed") != seq.n_new:
-                seq.notes["freed"] = seq.n_new
-                seq.rollback(0)
-        return super().pick()
-
-
 def test_no_chunk_batch_draft_or_preemption_shows(llama):
-    alone = answers(Session.open(llama, [SHIFT]))
+    alone = answers(Session.open(llama, [SHIFT]), PROMPTS, 120)
     assert all(len(tokens) == 120 for tokens in alone)
-    for others in ([], [Copies()], [Together(rows=5)], [Interrupts()], [Copies(), Interrupts(rows=3)], ["spec-lookup"],
+    for others in ([], [Copies()], [Together(rows=5)], [Preempts()], [Copies(), Preempts(rows=3)], ["spec-lookup"],
                    ["batching:tokens=20"], ["prefix-cache:block=8"]):  # fmt: skip
         session = Session.open(llama, [SHIFT, *others], chunk=7)
-        assert answers(session) == alone, others
-        assert answers(session) == alone, others
+        assert answers(session, PROMPTS, 120) == alone, others
+        assert answers(session, PROMPTS, 120) == alone, others
     assert Session.open(llama, [SHIFT, "layer-stream:budget=95%"]) is not None
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tests.models import RECIPES, Recipe, write_model
 from tests.planted import ASK, Pairs, write_recaller
-from tests.toy import MODEL, Copies, Together, answer
+from tests.small_context import TEXT, answers, opener, rows
+from tests.toy import MODEL, Copies, Preempts, Together, answer
 
 from cmr import AttnRule, DiskSpace, PluginError, Session, hookimpl, open_model
 from cmr.eval import Following
@@ -19,38 +20,18 @@ from cmr_plugins.context.pages import RUN, PagedCache
 
 CONTEXT = 160
 PAGE = "context:policy=page,size=16,top=2"
-TEXT = np.random.default_rng(0).integers(1, 96, 700).tolist()
 PROMPTS = ([1, 2, 3], TEXT[:100], TEXT[50:209], TEXT[100:480])  # the last is longer than the context
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, device):
-    """Open a model of a recipe, with its context cut to CONTEXT or what is said."""
-    folder, made = tmp_path_factory.mktemp("page"), {}
-
-    def opened(name, recipe=None, context=CONTEXT):
-        if (name, context) not in made:
-            path = write_model(folder / f"{name}-{context}.gguf", recipe or RECIPES[name])
-            made[name, context] = open_model(path, device=device, context=context)
-        return made[name, context]
-
-    yield opened
-    for model in made.values():
-        model.close()
+    with opener(tmp_path_factory.mktemp("page"), device, CONTEXT) as opened:
+        yield opened
 
 
 @pytest.fixture
 def llama(models):
     return models("untied", Recipe())
-
-
-def rows(session, tokens, n_prompt):
-    """The logits of each token behind the prompt of a text that is fed as if generated."""
-    with closing(Following(session, tokens, n_prompt)) as following:
-        found = []
-        while (row := following.row()) is not None:
-            found.append(row)
-        return np.array(found)
 
 
 def test_nothing_changes_before_the_context_is_full(llama):
@@ -162,31 +143,13 @@ def test_a_snapshot_holds_the_pages_and_rollback_ends_where_they_began():
     ops.close()
 
 
-def answers(session, n=200, prompts=PROMPTS):
-    sampling = {"temp": 1.0, "seed": 3, "ignore_eos": True}
-    made = [session.add(session.request(p, max_tokens=n, **sampling)) for p in prompts]
-    while session.step():
-        pass
-    assert [seq.error for seq in made] == [None] * len(made)
-    return [seq.new for seq in made]
-
-
-class Interrupts(Together):
-    def pick(self):
-        for seq in self.queue:
-            if seq.n_new in (5, 130) and seq.notes.get("freed") != seq.n_new:
-                seq.notes["freed"] = seq.n_new
-                seq.rollback(0)
-        return super().pick()
-
-
 @pytest.fixture(scope="module")
 def alone(models):
-    return answers(Session.open(models("untied", Recipe()), [PAGE]))
+    return answers(Session.open(models("untied", Recipe()), [PAGE]), PROMPTS, 200)
 
 
 OTHERS = (
-    *([], [Copies], [Together], [Interrupts], [Copies, Interrupts]),
+    *([], [Copies], [Together], [Preempts], [Copies, Preempts]),
     *(["spec-lookup:gain=0"], ["batching:tokens=20"], ["prefix-cache:block=8"]),
 )
 
@@ -196,12 +159,12 @@ def test_no_chunk_batch_draft_or_preemption_shows(llama, alone, others):
     session = Session.open(
         llama, [PAGE, *(one if isinstance(one, str) else one() for one in others)], chunk=7
     )
-    assert answers(session) == alone
-    assert answers(session) == alone
+    assert answers(session, PROMPTS, 200) == alone
+    assert answers(session, PROMPTS, 200) == alone
 
 
 def test_pages_change_what_is_said(llama, alone):
-    shifted = answers(Session.open(llama, ["context:policy=shift"]))
+    shifted = answers(Session.open(llama, ["context:policy=shift"]), PROMPTS, 200)
     for ours, theirs, prompt in zip(alone, shifted, PROMPTS):
         same = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
         assert len(prompt) + same >= CONTEXT
@@ -211,11 +174,9 @@ def test_streamed_layers_give_the_same_tokens(tmp_path, device, monkeypatch):
     monkeypatch.setattr("cmr_plugins.layer_stream.SAMPLE_SECONDS", 0.01)
     recipe = Recipe(layers=9, type="Q8_0", inner=256, dim=32, dim_v=32, context=1024)
     model = open_model(write_model(tmp_path / "model.gguf", recipe), device=device, context=CONTEXT)
-    plain = answers(Session.open(model, [PAGE]), 60)
-    assert (
-        answers(Session.open(model, [PAGE, f"layer-stream:budget={int(0.7 * model.file.nbytes)}"]), 60)
-        == plain
-    )
+    plain = answers(Session.open(model, [PAGE]), PROMPTS, 60)
+    streamed = Session.open(model, [PAGE, f"layer-stream:budget={int(0.7 * model.file.nbytes)}"])
+    assert answers(streamed, PROMPTS, 60) == plain
     model.close()
 
 

@@ -5,7 +5,7 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 from tests.planted import Pairs, recall, write_recaller
-from tests.toy import MODEL, Copies, Together, answer, run
+from tests.toy import MODEL, Copies, Preempts, Together, answer, run
 
 from cmr import PluginError, Session, hookimpl, open_model
 from cmr.testing import check
@@ -56,17 +56,7 @@ def test_no_chunk_batch_or_draft_shows(alone, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_preempted_sequence_comes_to_the_same_tokens(alone, kind):
-    class Interrupts(Together):
-        """Free a sequence's KV now and then: it is fed again from its tokens."""
-
-        def pick(self):
-            for seq in self.queue:
-                if seq.n_new in (5, 21, 30) and seq.notes.get("freed") != seq.n_new:
-                    seq.notes["freed"] = seq.n_new
-                    seq.rollback(0)
-            return super().pick()
-
-    for other in (Interrupts(), Interrupts(rows=3)):
+    for other in (Preempts(), Preempts(rows=3)):
         assert answers(Session.open(MODEL, [plugin(kind), other])) == alone[kind]
 
 
