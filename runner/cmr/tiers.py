@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cmr.ages import NEVER, Tier, border_of, step_of
+from cmr.ages import NEVER, Ages, Tier, border_of, step_of
 from cmr.diskcache import DiskCache
 from cmr.diskspace import DiskSpace
 from cmr.kvcache import AttnRule, LayerCache
-from cmr.ops.pack import FLOATS, GROUP, GROUPED, turn
+from cmr.ops.pack import GROUP, GROUPED, turn
 from cmr.ops.records import AGES, NO_AGE, Segment
-from cmr.slots import GENERATIONS
 
 
 class TieredCache:
@@ -50,32 +49,19 @@ class TieredCache:
         space: DiskSpace | None = None,
     ) -> None:
         self.ops, self.kv_heads, self.dim, self.dim_v = ops, kv_heads, dim, dim_v or dim
-        self.tiers, self.sinks, self.turned = tuple(tiers), sinks, (turned_k, turned_v)
-        self.disk, self.space = disk, space
-        self._check()
+        self.ages = Ages(tiers, None if space is None else disk)
+        self.tiers, self.sinks, self.turned, self.space = self.ages.tiers, sinks, (turned_k, turned_v), space
         self.stores = [
             self._store_of(tier, tier.until + step_of(tier) if tier.until else most) for tier in self.tiers
         ]
         self.pinned = self._store_of(self.tiers[0], None)
         self._packed = 0  # positions below are in the lower tiers
-        self._changed()
 
     @classmethod
     def factory(cls, model: Any, layer: int, **options: Any) -> Callable[[], TieredCache]:
         """Return what the hook kv_cache returns: a function that makes this class for a layer of model."""
         kv_heads, dim, dim_v = model.config.kv_shape(layer)
         return partial(cls, model.ops, kv_heads, dim, dim_v, most=model.config.n_ctx, **options)
-
-    def _check(self) -> None:
-        """Refuse tiers that are not in order."""
-        ends = [tier.until or NEVER for tier in self.tiers]
-        newest = self.tiers[0]
-        if not {newest.k_type.upper(), newest.v_type.upper()} <= set(FLOATS):
-            raise ValueError("the first tier holds originals, as F16 or F32")
-        if any(a >= b for a, b in zip(ends, ends[1:])) or ends[0] < 1:
-            raise ValueError("each tier reaches further back than the one before; 0, for all, comes last")
-        if self.space is not None and (len(ends) < 2 or not ends[-2] <= self.disk < ends[-1]):
-            raise ValueError("what lies on disk is as old as the last of several tiers, or older")
 
     def _store_of(self, tier: Tier, most: int | None) -> Any:
         """A store for the tokens of a tier: on disk for those of the last, if there is a space."""
@@ -106,7 +92,7 @@ class TieredCache:
         """Quantize for all lower tiers what a query at position `last` reads there."""
         if len(self.tiers) == 1:
             return
-        store, end = self.stores[0], border_of(last, self.tiers[0].until)
+        store, end = self.stores[0], self.ages.packed_at(last)
         slots = slice(*np.searchsorted(store.positions, [self._packed, end]))
         if slots.start < slots.stop:
             rows = (a[:, slots].swapaxes(0, 1).astype(np.float32) for a in (store.k[0], store.v[0]))
@@ -115,7 +101,7 @@ class TieredCache:
             with self.ops.aside() if self.ops.replays else nullcontext():
                 for lower in self.stores[1:]:
                     lower.append(k, v, store.positions[slots])
-            self._changed()
+            store.changed()
         self._packed = max(self._packed, end)
 
     def _trim(self, first: int) -> None:
@@ -126,7 +112,7 @@ class TieredCache:
                 gone = int(np.searchsorted(store.positions, start))
                 if gone:
                     store.keep(np.arange(gone, store.used))
-                    self._changed()
+                    store.changed()
 
     # -- steps that are run again: until a block has to be packed, only the first tier changes --
 
@@ -142,10 +128,7 @@ class TieredCache:
     @property
     def generation(self) -> int:
         """Another number whenever anything but the end of the first tier is."""
-        return max(self._number, *(store.generation for store in self.stores))
-
-    def _changed(self) -> None:
-        self._number = next(GENERATIONS)
+        return max(store.generation for store in self.stores)
 
     @property
     def used(self) -> int:
@@ -211,13 +194,8 @@ class TieredCache:
         """Let what is old enough leave memory, where there is a space; to be called after attention has read it."""
         store, newest = self.stores[-1], self.stores[0]
         if newest.used and self.space is not None:
-            border = self._disk_border(int(newest.positions[-1]))
-            store.leave(int(np.searchsorted(store.positions, border)))
-
-    def _disk_border(self, last: int) -> int:
-        """The position from which on the last tier's tokens are in memory, when `last` is the newest one."""
-        # What no query reads there yet goes along: one range of memory is let go faster than one for each head.
-        return NEVER if self.disk == self.tiers[-2].until else border_of(last, self.disk)
+            filed = self.ages.filed_at(int(newest.positions[-1]))
+            store.leave(int(np.searchsorted(store.positions, filed)))
 
     def expect(self) -> None:
         """Let what left memory come back without waiting for it; to be called a while before attention reads it."""
@@ -262,17 +240,10 @@ class TieredCache:
 
     def bytes_at(self, slots: int) -> int:
         """The bytes of memory held with so many positions written, where tiers let go in steps."""
-        first = self.tiers[0].until
+        held = self.ages.slots(slots)
         total = -(-min(self.sinks, slots) // AGES) * AGES * self.pinned.token_bytes
-        total += min(slots, first + step_of(self.tiers[0]) if first else slots) * self.stores[0].token_bytes
-        packed = border_of(max(0, slots - 1), first)
-        for tier, store in zip(self.tiers[1:], self.stores[1:]):
-            most = tier.until - first + step_of(tier) - AGES if tier.until else packed
-            total += min(packed, most) * store.token_bytes
-        if self.space is not None:
-            away = min(self._disk_border(slots - 1), packed, most)
-            total -= away * (self.stores[-1].token_bytes - 4)
-        return total
+        total += sum(n * store.token_bytes for n, store in zip(held, self.stores))
+        return total - min(self.ages.filed_at(slots - 1), held[-1]) * (self.stores[-1].token_bytes - 4)
 
     # -- what can be done with it --
 
@@ -281,7 +252,7 @@ class TieredCache:
         kept = self.positions[np.asarray(slots, np.intp)]
         for store in (*self.stores, self.pinned):
             store.keep(np.flatnonzero(np.isin(store.positions, kept)))
-        self._changed()
+        self.stores[0].changed()
 
     def can_rollback_to(self, pos: int) -> bool:
         """Whether rollback(pos) leaves what was here when pos was next: each tier reaches as far back as then."""
@@ -298,7 +269,7 @@ class TieredCache:
             store.rollback(pos - torn if torn and store in self.stores[1:] else pos)
         if pos < self._packed:
             self._packed = max(0, pos - torn)
-            self._changed()
+            self.stores[0].changed()
 
     def _unpack(self, start: int, stop: int) -> None:
         """Put positions of a group that is about to be torn back into the first tier, as far as they are not there."""
@@ -323,4 +294,4 @@ class TieredCache:
         for store, held in zip((*self.stores, self.pinned), state["stores"]):
             store.restore(held)
         self._packed = state["packed"]
-        self._changed()
+        self.stores[0].changed()
