@@ -10,6 +10,7 @@ import cmr
 from cmr.eval import (
     DepthProbe,
     Divergence,
+    Pair,
     compare,
     divergence,
     divergence_at_depth,
@@ -135,6 +136,15 @@ def test_nothing_is_summarized_as_nothing():
 
 
 # -- two sessions on a text --
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_forbidden_token_diverges_infinitely_and_is_shown_so():
+    found = Divergence.of([Pair(0.5, True, -1.0, -2.0), *[Pair(math.inf, False, -1.0, -math.inf)] * 2])
+    assert found.mean == found.highest == math.inf and math.isnan(found.stderr)
+    held = {"kv_bytes_per_token": 2.0, "base_kv_bytes_per_token": 2.0}
+    (table,) = report.tables([{"name": "ban", "depths": [{"depth": 8, **report.as_json(found), **held}]}])
+    assert "| inf ± –" in table
 
 
 def test_a_session_does_not_diverge_from_itself(model):

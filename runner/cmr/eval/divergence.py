@@ -73,8 +73,9 @@ class Divergence:
             return cls(0, *[math.nan] * 11)
         kl, same, log_p, log_q = (np.array(column, np.float64) for column in zip(*pairs))
         change = np.exp(log_q) - np.exp(log_p)
-        median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
-        figures = [kl.mean(), stderr(kl), median, p99, p999, kl.max(), same.mean()]
+        with np.errstate(invalid="ignore"):  # infinite ones have no deviation, and nothing lies between them
+            median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
+            figures = [kl.mean(), stderr(kl), median, p99, p999, kl.max(), same.mean()]
         figures += [change.mean(), np.sqrt((change**2).mean()), np.exp(-log_q.mean()), np.exp(-log_p.mean())]
         return cls(len(pairs), *map(float, figures))
 

@@ -86,11 +86,11 @@ def _interval(found: Accuracy) -> str:
 
 
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "KL": lambda far: f"{far['mean']:.3g} ± {far['stderr']:.1g}",
-    "median": lambda far: f"{far['median']:.3g}",
-    "99 %": lambda far: f"{far['p99']:.3g}",
-    "99.9 %": lambda far: f"{far['p999']:.3g}",
-    "highest": lambda far: f"{far['highest']:.3g}",
+    "KL": lambda far: f"{_nats(far['mean'])} ± {_nats(far['stderr'], 1)}",
+    "median": lambda far: _nats(far["median"]),
+    "99 %": lambda far: _nats(far["p99"]),
+    "99.9 %": lambda far: _nats(far["p999"]),
+    "highest": lambda far: _nats(far["highest"]),
     "same choice": lambda far: f"{far['same_top']:.2%}",
     "Δp": lambda far: _percent(far["dp_mean"]),
     "Δp RMS": lambda far: _percent(far["dp_rms"]),
@@ -100,6 +100,11 @@ _DIVERGENCE = list(_COLUMNS)
 
 def _divergence(far: dict[str, Any] | None) -> list[str]:
     return [make(far) if far and far["tokens"] else "" for make in _COLUMNS.values()]
+
+
+def _nats(value: float | None, digits: int = 3) -> str:
+    """A divergence; one that is infinite, as where a plugin forbids a token, has no error and no quantiles."""
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _percent(share: float | None) -> str:
