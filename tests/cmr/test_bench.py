@@ -19,7 +19,7 @@ from cmr.cli.main import main
 
 LLAMA_BENCH_FIELDS = """
     build_commit build_number cpu_info gpu_info backends devices model_filename model_type
-    model_size model_n_params n_batch n_ubatch n_threads type_k type_v n_gpu_layers n_prompt n_gen
+    model_size model_n_params n_batch n_ubatch n_threads type_k type_v n_gpu_layers use_mmap n_prompt n_gen
     n_depth test_time avg_ns stddev_ns avg_ts stddev_ts samples_ns samples_ts
 """
 
@@ -129,6 +129,8 @@ def test_two_sides_are_compared_in_speed_and_in_what_they_predict(path, tmp_path
         (["--peer-python", "x"], "--peer llama.cpp, which is missing"),
         (["--text", "x"], "the forward pass takes random tokens"),
         (["-pg", "5"], "wants P,N"),
+        (["-mmp", "2"], "-mmp/--mmap: wants 0 or 1, got '2'"),
+        (["-mmp", "0", "--memory", "64"], "--memory maps the files; leave -mmp 0 out"),
         (["-n", "5,x"], "wants a whole number, got 'x'"),
         (["--plugin", "telemtry"], "did you mean 'telemetry'"),
     ],
@@ -136,6 +138,21 @@ def test_two_sides_are_compared_in_speed_and_in_what_they_predict(path, tmp_path
 def test_what_cannot_be_honoured_is_said(path, flags, complaint, capsys):
     assert main(["bench", path, "--device", "portable", "-p", "4", "-n", "2", *flags]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_files_are_mapped_or_read_as_told(path, mapped, capsys, monkeypatch):
+    opened, open_model = [], cmr.open_model
+
+    def kept(*args, **words):
+        opened.append(open_model(*args, **words))
+        return opened[-1]
+
+    monkeypatch.setattr(cmr, "open_model", kept)
+    flags = ["-p", "0", "-n", "2", "-r", "1", "-t", "1", "-o", "json", "--noise", "1000"]
+    assert main(["bench", path, "--device", "portable", *flags, "-mmp", str(int(mapped))]) == 0
+    assert [row["use_mmap"] for row in json.loads(capsys.readouterr().out)] == [mapped]
+    assert opened and all(file.copied != mapped for model in opened for file in model.file.files)
 
 
 def test_the_command_prints_json(path, capsys):

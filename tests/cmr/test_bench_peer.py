@@ -25,8 +25,10 @@ calls = []
 class Batch:
     pass
 def llama_backend_init(): print("noise that must not reach the answers")
-def llama_model_default_params(): return None
-def llama_model_load_from_file(path, params): return None if b"missing" in path else "model"
+class ModelParams: use_mmap = True
+def llama_model_default_params(): return ModelParams()
+def llama_model_load_from_file(path, params):
+    return "model" if (b"copied" in path) != params.use_mmap and b"missing" not in path else None
 def llama_model_get_vocab(model): return "vocab"
 def llama_vocab_n_tokens(vocab): return 50
 class Params: pass
@@ -148,6 +150,16 @@ def test_a_missing_peer_is_said_with_what_would_help(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequestError, match="no llama.cpp was found: give --peer-python"):
         open_peer("a.gguf", 64)
+
+
+def test_the_peer_maps_the_file_or_reads_it_as_told(llama, tmp_path):
+    LlamaWorker("copied.gguf", sys.executable, 64, mapped=False).close()
+    with pytest.raises(RequestError, match="cannot load copied.gguf"):
+        LlamaWorker("copied.gguf", sys.executable, 64)
+    program = fake_bench(tmp_path, {"-mmp": "0"}, "1e9")
+    assert LlamaBench("a.gguf", program, mapped=False).measure(Case(0, 1), 1).seconds == 1
+    with pytest.raises(RequestError, match="ended with status 1"):
+        LlamaBench("a.gguf", program).measure(Case(0, 1), 1)
 
 
 def test_llama_cpp_itself_where_it_is_named(tmp_path):

@@ -24,14 +24,14 @@ def resident() -> int:
 class Llama:
     """A model, and a context that is made anew only when its sizes change; settings are llama.cpp's own."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mapped: bool) -> None:
         import llama_cpp
 
         self.api, self.idle = llama_cpp, resident() if os.path.exists("/proc/self/smaps_rollup") else 0
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            path.encode(), llama_cpp.llama_model_default_params()
-        )
+        params = llama_cpp.llama_model_default_params()
+        params.use_mmap = mapped
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise ValueError(f"cannot load {path}")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
@@ -155,7 +155,7 @@ def serve(lines: Any, answers: Any) -> None:
         what = request.pop("do")
         try:
             if what == "open":
-                llama = Llama(request["path"])
+                llama = Llama(request["path"], request["mapped"])
                 answer: dict[str, Any] = {"version": llama.version}
             elif llama is None:
                 raise ValueError("no model is open")

@@ -36,7 +36,7 @@ class Settings:
 
     Two sides are measured against each other, with the divergence of the second from the first, at the depth
     of the case where the text is long enough, in so many `stretches` of it. `text` is a file that prompts are
-    cut from, None for random tokens.
+    cut from, None for random tokens. Without `mapped` the model is read into memory first.
     """
 
     sides: tuple[Side, ...] = (Side("cmr"),)
@@ -45,6 +45,7 @@ class Settings:
     device: str = "cpu"
     text: str | None = None
     watch: Watch = field(default_factory=Watch)
+    mapped: bool = True
     roofs: bool = True
     stretches: int = 1
 
@@ -75,6 +76,7 @@ class Row:
     device: str = "cpu"
     kv_bytes: int | None = None
     version: str | None = None
+    mapped: bool = True
 
     @property
     def rates(self) -> Spread:
@@ -96,17 +98,18 @@ def measure(
     for threads, group in groups.items():
         with ExitStack() as stack:
             need = max(case.context for case in group) + SPARE
-            model = _open(path, threads, need, settings.device)
+            model = _open(path, threads, need, settings)
             stack.callback(model.close)
             yield from _on_threads(model, group, settings, peer, tell, stack)
 
 
-def _open(path: str, threads: int, need: int, device: str) -> Any:
-    model = cmr.open_model(path, threads=threads, device=device)
+def _open(path: str, threads: int, need: int, settings: Settings) -> Any:
+    words: dict[str, Any] = {"threads": threads, "device": settings.device, "mapped": settings.mapped}
+    model = cmr.open_model(path, **words)
     if need <= model.config.n_ctx:
         return model
     model.close()
-    return cmr.open_model(path, threads=threads, device=device, context=need)
+    return cmr.open_model(path, **words, context=need)
 
 
 def _on_threads(
@@ -172,6 +175,7 @@ def _rows(
             settings.device,
             contender.kv_bytes if isinstance(contender, Decoding) else None,
             peer.version if contender is peer and peer else None,
+            settings.mapped,
         )
 
 

@@ -32,22 +32,26 @@ class Peer(Protocol):
 
 
 def open_peer(
-    path: str | os.PathLike[str], context: int, python: str | None = None, bench: str | None = None
+    path: str | os.PathLike[str],
+    context: int,
+    python: str | None = None,
+    bench: str | None = None,
+    mapped: bool = True,
 ) -> Peer:
-    """Find llama.cpp and open the file with it; `context` tokens are enough for each sequence.
+    """Find llama.cpp and open the file with it, `mapped` or not; `context` tokens are enough for each sequence.
 
     In this order: the interpreter given or named by CMR_PEER_PYTHON, the llama-bench given or named by
     CMR_PEER_BENCH, llama_cpp beside this package, llama-bench on the PATH. Raises RequestError for none.
     """
     python, bench = python or os.environ.get(PYTHON), bench or os.environ.get(BENCH)
     if python:
-        return LlamaWorker(path, python, context)
+        return LlamaWorker(path, python, context, mapped)
     if bench:
-        return LlamaBench(path, bench)
+        return LlamaBench(path, bench, mapped)
     if importlib.util.find_spec("llama_cpp"):
-        return LlamaWorker(path, sys.executable, context)
+        return LlamaWorker(path, sys.executable, context, mapped)
     if found := shutil.which("llama-bench"):
-        return LlamaBench(path, found)
+        return LlamaBench(path, found, mapped)
     raise RequestError(
         "no llama.cpp was found: give --peer-python an interpreter that has llama-cpp-python, "
         f"or --peer-bench a llama-bench (or set {PYTHON} or {BENCH})"
@@ -62,7 +66,7 @@ class LlamaWorker:
 
     name = "llama.cpp"
 
-    def __init__(self, path: str | os.PathLike[str], python: str, context: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], python: str, context: int, mapped: bool = True) -> None:
         self.context = context
         try:
             self._process = subprocess.Popen(
@@ -74,7 +78,7 @@ class LlamaWorker:
             cast(IO[str], pipe) for pipe in (self._process.stdin, self._process.stdout)
         )
         try:
-            self.version = self.ask("open", path=str(path))["version"]
+            self.version = self.ask("open", path=str(path), mapped=mapped)["version"]
         except BaseException:
             self.close()
             raise
@@ -116,8 +120,8 @@ class LlamaBench:
 
     name = "llama.cpp"
 
-    def __init__(self, path: str | os.PathLike[str], program: str) -> None:
-        self._path, self._program = str(path), program
+    def __init__(self, path: str | os.PathLike[str], program: str, mapped: bool = True) -> None:
+        self._path, self._program, self._mapped = str(path), program, mapped
         self.version = f"llama-bench {program}"
 
     def prepare(self, case: Case) -> None:
@@ -142,6 +146,8 @@ class LlamaBench:
         sizes = {"-p": case.n_prompt, "-n": case.n_gen, "-d": case.depth, "-t": case.threads, "-r": repeats}
         if case.n_prompt and case.n_gen:
             sizes |= {"-p": 0, "-n": 0, "-pg": f"{case.n_prompt},{case.n_gen}"}  # type: ignore[dict-item]
+        if not self._mapped:
+            sizes["-mmp"] = 0
         flags = [str(word) for pair in sizes.items() for word in pair]
         command = [self._program, "-m", self._path, "-o", "json", *flags]
         try:

@@ -43,6 +43,7 @@ def as_json(path: str, row: Row) -> dict[str, Any]:
         "type_v": None if row.plugins else "f16",
         "plugins": list(row.plugins),
         "n_gpu_layers": 0,
+        "use_mmap": row.mapped,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
         "n_depth": case.depth,

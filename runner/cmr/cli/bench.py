@@ -62,6 +62,8 @@ def _test_flags(add: Callable[..., Any]) -> None:
         "-b", "--parallel", type=numbers(1), default="1", metavar="N", help="sequences that generate together"
     )
     add("-t", "--threads", type=numbers(1), metavar="N", help="threads (default: all processors)")
+    add("-mmp", "--mmap", type=_yes_or_no, default=True, metavar="0|1",
+        help="1, the default: map the files; 0: read them into memory first")  # fmt: skip
     add("-r", "--repetitions", type=whole(1), default=5, metavar="N", help="undisturbed rounds of each test")
     add("--noise", type=real(0), default=LIMIT, metavar="CORES", help="what others may use in such a round")
 
@@ -86,6 +88,12 @@ def _other_flags(add: Callable[..., Any]) -> None:
     plot_option(add)
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"wants 0 or 1, got {text!r}")
+    return text == "1"
+
+
 def _pair(text: str) -> tuple[int, int]:
     try:
         first, second = map(int, text.split(","))
@@ -102,6 +110,9 @@ def _refuse(args: argparse.Namespace) -> None:
         raise RequestError("--plugin and --ab both name plugins; write them into A and B")
     if (args.peer_python or args.peer_bench) and not args.peer:
         raise RequestError("--peer-python and --peer-bench are for --peer llama.cpp, which is missing")
+    for cost in ("start", "memory", "quality"):
+        if not args.mmap and getattr(args, cost):
+            raise RequestError(f"--{cost} maps the files; leave -mmp 0 out, which is for speed")
     if args.text and not (args.ab or args.plugin or args.loop):
         raise RequestError("--text is for --loop, --plugin and --ab; the forward pass takes random tokens")
 
@@ -120,6 +131,7 @@ def _settings(args: argparse.Namespace, device: str) -> Settings:
         device=device,
         text=args.text,
         watch=Watch(args.noise),
+        mapped=args.mmap,
     )
 
 

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 def peer_of(path: str, args: argparse.Namespace, context: int) -> Peer:
     """Open a file with the llama.cpp that the flags name, or the one that is found."""
-    return open_peer(path, context, args.peer_python, args.peer_bench)
+    return open_peer(path, context, args.peer_python, args.peer_bench, args.mmap)
 
 
 def costs_of(path: str, args: argparse.Namespace) -> Iterator[Cost]:
