@@ -25,15 +25,31 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Read the arguments; a value may begin with a dash, and an unknown flag gets a suggestion."""
-        args, unknown = self.parse_known_args(self._join_values(sys.argv[1:] if argv is None else argv))
+        words = self._join_values(sys.argv[1:] if argv is None else argv)
+        for word in filter(self._is_glued, words):
+            self._refuse(word)
+        args, unknown = self.parse_known_args(words)
         if unknown:
-            word = unknown[0].partition("=")[0]
-            kind = "option" if word.startswith("-") else "use for the word"
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            close = difflib.get_close_matches(word, flags, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"{self.prog} --help lists what there is"
-            raise RequestError(f"there is no {kind} {word!r}; {hint}")
+            self._refuse(unknown[0])
         return args
+
+    def _refuse(self, word: str) -> NoReturn:
+        word = word.partition("=")[0]
+        kind = "option" if word.startswith("-") else "use for the word"
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        close = difflib.get_close_matches(word, flags, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"{self.prog} --help lists what there is"
+        raise RequestError(f"there is no {kind} {word!r}; {hint}")
+
+    def _is_glued(self, word: str) -> bool:
+        """Whether argparse would take an unknown flag, as -np, for a known one and its value: -n with p."""
+        flag = word.partition("=")[0]
+        return (
+            flag[:1] == "-"
+            and len(flag) > 2
+            and flag[1:3].isalpha()
+            and flag not in self._option_string_actions
+        )
 
     def _join_values(self, argv: Sequence[str]) -> list[str]:
         """Write `-p -x` as `-p=-x`, so that argparse takes a prompt that looks like a flag."""
@@ -99,6 +115,13 @@ def numbers(low: int | None = None) -> Callable[[str], list[int]]:
     return lambda text: [one(word) for word in text.split(",")]
 
 
+def gpu_layers(text: str) -> int:
+    """Read how many layers go on a GPU: a number, or auto; refuse what needs one."""
+    if text == "all" or (text != "auto" and whole()(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text} asks for a GPU, and none can be used yet; try -ngl 0")
+    return 0
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:
@@ -134,8 +157,8 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=whole(1), metavar="N", help="threads to generate with")
     add("-tb", "--threads-batch", type=whole(1), metavar="N", help="threads to read prompts with")
     add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", type=whole(), default=0, metavar="N",
-        help="layers on a GPU: 0, until there is a device table for one")  # fmt: skip
+    add("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=0, metavar="N",
+        help="layers on a GPU: 0 or auto, until there is a device table for one")  # fmt: skip
     add("--mlock", action="store_true", help="keep the file's pages in memory")
     add("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     add("--rope-scaling", choices=["none", "linear", "yarn"], help="how positions beyond training are scaled")
@@ -199,8 +222,6 @@ def refuse_unmet(args: argparse.Namespace) -> None:
     args.model = args.model or args.model_flag
     if not args.model:
         raise RequestError('a model is needed, as in: cmr-run model.gguf -p "Once upon a time"')
-    if args.gpu_layers > 0:
-        raise RequestError(f"-ngl {args.gpu_layers} asks for a GPU, and none can be used yet; try -ngl 0")
     if args.rope_scale is not None and args.rope_scaling in (None, "none"):
         raise RequestError("--rope-scale needs --rope-scaling linear or yarn")
     if args.no_conversation and (args.chat or args.single_turn or args.system_prompt):

@@ -12,7 +12,7 @@ from cmr.sampling import SAMPLERS, SamplerSettings, parse_logit_bias
 
 # Field, flags, help; the field's type and default come from SamplerSettings, which checks ranges.
 FLAGS = (
-    ("temp", "--temp --temperature", "temperature; 0 takes the likeliest token"),
+    ("temp", "--temp --temperature", "temperature; 0 or less takes the likeliest token"),
     ("top_k", "--top-k", "keep the N likeliest tokens; 0: all"),
     ("top_p", "--top-p", "keep the likeliest tokens that hold this probability together; 1: off"),
     ("min_p", "--min-p", "drop tokens under this share of the likeliest one's probability; 0: off"),
@@ -20,7 +20,7 @@ FLAGS = (
     (
         "top_n_sigma",
         "--top-nsigma --top-n-sigma",
-        "keep logits this many deviations from the best; negative: off",
+        "keep logits this many deviations from the best; 0 or less: off",
     ),
     ("xtc_probability", "--xtc-probability", "how often XTC drops the likeliest choices; 0: off"),
     ("xtc_threshold", "--xtc-threshold", "probability from which XTC counts a choice; over 0.5: off"),
