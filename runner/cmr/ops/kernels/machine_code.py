@@ -20,6 +20,8 @@ from typing import Any
 
 from llvmlite import binding
 
+from cmr import folders
+
 HERE = Path(__file__).parent
 
 
@@ -39,15 +41,7 @@ class Kernel:
 
 def cache_folder() -> Path:
     """Return where compiled kernels of these sources belong: below CMR_CACHE, else the user's cache, else temporary."""
-    base = os.environ.get("CMR_CACHE") or os.environ.get("XDG_CACHE_HOME") or _home_cache()
-    return (Path(base) / "cmr" if base else _temporary()) / f"kernels-{_fingerprint()}"
-
-
-def _home_cache() -> str | None:
-    if sys.platform == "win32":
-        return os.environ.get("LOCALAPPDATA")
-    home = os.environ.get("HOME")
-    return str(Path(home) / ".cache") if home else None
+    return (folders.cache_folder() or _temporary()) / f"kernels-{_fingerprint()}"
 
 
 def _temporary() -> Path:
