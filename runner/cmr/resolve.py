@@ -13,14 +13,12 @@ from cmr import hookspecs
 from cmr.arena import arena_bytes
 from cmr.blame import Blame
 from cmr.calls import ATTEND, guarded_attend, guarded_on_layer, reordered
+from cmr.defaults import BUILT_IN, Defaults
 from cmr.discovery import declared
 from cmr.errors import ModelError, PluginError
-from cmr.hookspecs import hookimpl
-from cmr.kvcache import AttnRule, LayerCache, by_rule
+from cmr.kvcache import AttnRule, by_rule
 from cmr.plan import Memory, Plan
-from cmr.scheduler import Fifo
 
-BUILT_IN = "built in"
 NEEDS = ("tokenizer", "chat_template")
 
 METHODS = {
@@ -29,39 +27,6 @@ METHODS = {
     "drafter": ("propose",),
     "scheduler": ("add", "pick", "remove"),
 }
-
-
-class _Defaults:
-    """What the model does by itself, as the last one asked at each seam; `reached` tells whether it was."""
-
-    def __init__(self, model: Any, chunk: int) -> None:
-        self.model, self.chunk, self.reached = model, chunk, False
-        self.makers = [LayerCache.factory(model, layer) for layer in range(model.n_layers)]
-
-    @hookimpl(trylast=True)
-    def weight_source(self) -> Any:
-        self.reached = True
-        return self.model.weights
-
-    @hookimpl(trylast=True)
-    def layer_order(self) -> range:
-        self.reached = True
-        return range(self.model.n_layers)
-
-    @hookimpl(trylast=True)
-    def kv_cache(self, layer: int) -> Callable[[], LayerCache]:
-        self.reached = True
-        return self.makers[layer]
-
-    @hookimpl(trylast=True)
-    def attention(self, layer: int) -> AttnRule:
-        self.reached = True
-        return self.model.rule(layer)
-
-    @hookimpl(trylast=True)
-    def scheduler(self) -> Fifo:
-        self.reached = True
-        return Fifo(self.chunk)
 
 
 def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None, chunk: int = 512) -> Plan:
@@ -76,7 +41,7 @@ def resolve(pm: pluggy.PluginManager, model: Any, context: int | None = None, ch
         blame.learn(name, thing)
         _check_declarations(name, thing, model)
     _check_owners(pm)
-    defaults = _Defaults(model, chunk)
+    defaults = Defaults(model, chunk)
     pm.register(defaults, name=BUILT_IN)
     try:
         with blame:
@@ -89,7 +54,7 @@ class _Asking:
     """One round of questions: holds who was asked and who answered."""
 
     def __init__(
-        self, pm: Any, model: Any, defaults: _Defaults, blame: Blame, plugins: dict[str, Any]
+        self, pm: Any, model: Any, defaults: Defaults, blame: Blame, plugins: dict[str, Any]
     ) -> None:
         self.pm, self.model, self.defaults, self.blame, self.plugins = pm, model, defaults, blame, plugins
         self.owners: dict[str, tuple[str, ...]] = {}
