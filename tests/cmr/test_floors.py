@@ -20,6 +20,7 @@ FLOORS = [
     {"diskcache"},
     {"tiers", "weights", "arena"},
     {"replay"},
+    {"forward"},
     {"model", "discovery", "blame", "calls", "scheduler"},
     {"plan", "defaults"},
     {"resolve", "fingerprint", "admission", "loop"},

@@ -145,11 +145,11 @@ def test_buffers_are_made_once(model_of):
     model = model_of("qwen3")
     seq = new_sequence(model, TOKENS)
     run(model, [part_of(seq, 0, 20, True)])
-    arena = model._arena
+    arena = model._pass._arena
     before = [arena.hidden.addr, arena.qkv.addr, arena.logits.addr, arena.heads(0, slice(0, 1))[0]]
     for index in range(20, 41):
         run(model, [part_of(seq, index, index + 1, False)])
-    assert model._arena is arena
+    assert model._pass._arena is arena
     after = [arena.hidden.addr, arena.qkv.addr, arena.logits.addr, arena.heads(0, slice(0, 1))[0]]
     assert all(a is b or a == b for a, b in zip(before, after, strict=True))
 

@@ -429,4 +429,4 @@ def test_predicted_activations_are_what_the_forward_pass_allocates(shared):
     with_file = cmr.open_model(shared / "models" / "stories260K-f32.gguf", device="portable")
     session = Session.open(with_file)
     list(session.generate(session.request([1], max_tokens=2, temp=0.0)))
-    assert session.plan.memory.activations == with_file._arena.nbytes
+    assert session.plan.memory.activations == with_file._pass._arena.nbytes

@@ -1,0 +1,264 @@
+"""The forward pass, written once over the op table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cmr.arena import Arena
+from cmr.config import Config
+from cmr.errors import RequestError
+from cmr.ops.records import RopeTable
+from cmr.ops.table import Ops
+from cmr.replay import Replay
+from cmr.rope import Rope
+from cmr.weights import Layer, Weights
+
+# Rotation tables start so long and grow with the positions used.
+ROPE_POSITIONS = 1024
+
+
+class Forward:
+    """Steps through the layers of a plan, with activation buffers for `max_rows` rows, more where a step has more."""
+
+    def __init__(self, ops: Ops, config: Config, weights: Weights, max_rows: int) -> None:
+        self.ops, self.config, self.weights, self.max_rows = ops, config, weights, max_rows
+        self._arena: Arena | None = None
+        self._headed = False  # whether logits hold those of all rows already
+        self._replay = Replay(ops)
+        self._held: tuple[Callable[[int], None], int, Layer] | None = None
+
+    @cached_property
+    def ropes(self) -> list[tuple[RopeTable, str] | None]:
+        """The rotation table and pairing of each layer, None where it does not rotate."""
+        tables: dict[int, tuple[RopeTable, str]] = {}
+
+        def table_of(rope: Rope) -> tuple[RopeTable, str]:
+            if id(rope) not in tables:
+                made = self.ops.rope_table(rope.inv_freq(), ROPE_POSITIONS, rope.magnitude)
+                tables[id(rope)] = made, rope.pairing
+            return tables[id(rope)]
+
+        return [None if rope is None else table_of(rope) for rope in self.config.rope]
+
+    def run(self, plan: Any, step: Any) -> list[np.ndarray]:
+        """Run a step through the layers of a plan, writing its caches.
+
+        Returns for each part the logits of its last `part.want` rows, float32 [want, n_vocab], valid until
+        the next call. Raises RequestError for a token outside the vocabulary.
+        """
+        n = len(step.tokens)
+        self._check(step.tokens)
+        arena = self._rows(n)
+        arena.want(sum(part.want for part in step.parts))
+        arena.tokens[:n], arena.pos[:n] = step.tokens, step.pos
+        try:
+            self._replay.run(
+                plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
+            )
+        finally:
+            self._release(step)
+        return arena.rows_of_logits(step.parts)
+
+    def _layers(self, plan: Any, step: Any, arena: Arena, place: int) -> None:
+        """Run a plan from a place in its layers on: embeddings at 0, layers, the logits that parts want."""
+        replay, weights, count = self._replay, plan.weights, len(plan.layers)
+        watched = plan.on_attention or plan.on_layer
+        if place == 0:
+            tokens = arena.tokens[: len(step.tokens)]
+            self.ops.embed(self.weights.token_embd, tokens, arena.hidden, self.config.embed_scale)
+        while place < count:
+            index = plan.layers[place]
+            layer = self._acquire(weights, index)
+            if weights is not self.weights:
+                replay.note(self._acquire_again, (weights, index, layer, place))
+            self._block(plan, step, layer, arena)
+            if weights is not self.weights:
+                replay.call(step, self._release)
+            else:
+                self._release(step)
+            place += 1
+            if watched:
+                place = replay.call(step, self._shown, plan, *self._seen(step, arena, index), place, count)
+        if place == count:
+            self._logits(plan, step, arena)
+
+    def _seen(self, step: Any, arena: Arena, layer: int) -> tuple[int, list[np.ndarray], np.ndarray]:
+        """What plugins see of a layer that has run: its index, each part's queries, and the rows it gave."""
+        queries = [arena.heads(layer, rows)[0] for rows in step.spans]
+        return layer, queries, arena.hidden.array[: len(step.tokens)]
+
+    def _shown(
+        self, step: Any, plan: Any, layer: int, queries: Any, hidden: np.ndarray, place: int, count: int
+    ) -> int:
+        """Show plugins a layer's queries, caches and output; the place of the next in the plan.
+
+        `count` leaves the rest out; what is behind it leaves out the logits too, which there are already.
+        """
+        if plan.on_attention:
+            for part, q in zip(step.parts, queries):
+                seq = part.seq
+                cache = seq.caches[layer]
+                for hook in plan.on_attention:
+                    hook(seq, layer, q, cache)
+        leaves = self._headed = False
+        for hook in plan.on_layer:
+            if hook(step, layer, hidden):
+                leaves = True
+        return count + self._headed if leaves else place
+
+    def head(self, plan: Any, step: Any, rows: slice) -> np.ndarray:
+        """Return the logits that rows of the step under way would have if the layers ended here.
+
+        For a plugin's on_layer: float32 [rows, n_vocab], valid until the next call. The rows have one role.
+        """
+        arena, n = self._rows(len(step.tokens)), rows.stop - rows.start
+        arena.want(max(n, sum(part.want for part in step.parts)))
+        arena.last.array[:n] = arena.hidden.array[rows]
+        n_prompt = n if rows.start < step.n_prompt else 0
+        self._project_logits(step, arena, arena.last, n, n_prompt, self._output_pieces(plan))
+        self._headed = n == len(step.tokens) and all(part.want == len(part.tokens) for part in step.parts)
+        return arena.logits.array[:n]
+
+    def write_kv(self, plan: Any, step: Any, layers: Sequence[int]) -> None:
+        """Write keys and values of the step under way into the caches of layers that are left out.
+
+        They are computed from what the layer before those gave, as if each left out passed it on.
+        """
+        arena = self._rows(len(step.tokens))
+        for index in layers:
+            layer = plan.weights.acquire(index)
+            try:
+                self._queries_and_keys(step, layer, arena, self.config.n_heads[index])
+                for part, rows in zip(step.parts, step.spans):
+                    _, k, v, _ = arena.heads(index, rows)
+                    part.seq.caches[index].append(k, v, arena.pos[rows])
+            finally:
+                plan.weights.release(index)
+
+    def _acquire(self, weights: Any, index: int) -> Layer:
+        """Hold a layer's weights until _release; they may be held already."""
+        if self._held is None or self._held[1] != index:
+            self._held = weights.release, index, weights.acquire(index)
+        return self._held[2]
+
+    def _acquire_again(self, step: Any, weights: Any, index: int, known: Layer, place: int) -> int | None:
+        """Hold a layer's weights where a step is run again; its place in the plan if they are elsewhere now."""
+        return None if self._acquire(weights, index) is known else place
+
+    def _release(self, step: Any) -> None:
+        """Let the weights go that are held, if any are."""
+        if self._held is not None:
+            (release, index, _), self._held = self._held, None
+            release(index)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The bytes of activation buffers for steps of `max_rows` rows."""
+        return self._rows(1).nbytes
+
+    def close(self) -> None:
+        """Let the activation buffers go."""
+        self._arena = None
+
+    def _check(self, tokens: np.ndarray) -> None:
+        ids = tokens.tolist()
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.n_vocab:
+            bad = low if low < 0 else high
+            raise RequestError(
+                f"token {bad} is not in the vocabulary, which has ids 0 to {self.config.n_vocab - 1}"
+            )
+
+    def _rows(self, n: int) -> Arena:
+        """The activation buffers, with room for n rows."""
+        if self._arena is None or self._arena.rows < n:
+            self._arena = Arena(self.ops, self.config, max(n, self.max_rows))
+        return self._arena
+
+    def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
+        """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
+        n, n_prompt = len(step.tokens), step.n_prompt
+        self._attention(plan, step, layer, arena)
+        feed = (arena.hidden, n, n_prompt, layer.ffn_gate, layer.ffn_up, self.config.activation, arena.inner)
+        if self.config.parallel_residual:
+            self.ops.glu(*feed, norm=layer.ffn_norm)
+        self._add(arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm, arena)
+        if not self.config.parallel_residual:
+            self.ops.glu(*feed, norm=layer.ffn_norm)
+        self._add(arena.inner, n, n_prompt, layer.ffn_down, layer.post_ffw_norm, arena)
+
+    def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:
+        """hidden += residual_scale * parts @ x, normalized before it is added where there is a norm."""
+        scale = self.config.residual_scale
+        if norm is None:
+            self.ops.project(x, n, n_prompt, parts, arena.hidden, add=True, scale=scale)
+        else:
+            self.ops.project(x, n, n_prompt, parts, arena.spare)
+            self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
+
+    def _attention(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
+        """mixed = attention over each part's cache, which takes the new keys and values first."""
+        index = layer.index
+        self._queries_and_keys(step, layer, arena)
+        replay, attend = self._replay, plan.attend[index]
+        for number, rows in enumerate(step.spans):
+            replay.attend(step, number, index, attend, arena.pos[rows], arena.heads(index, rows))
+
+    def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena, first: int = 0) -> None:
+        """qkv = rotated queries, rotated keys and values of every row; no queries if `first` is behind them."""
+        config, ops, x = self.config, self.ops, arena.qkv
+        n, index, dim = len(step.tokens), layer.index, self.config.head_dim
+        heads, kv_heads = config.n_heads[index], config.n_kv_heads[index]
+        parts = layer.attn_qkv[1:] if first else layer.attn_qkv
+        ops.project(arena.hidden, n, step.n_prompt, parts, x, norm=layer.attn_norm, column=first * dim)
+        if layer.attn_q_norm is not None and not first:
+            apart = layer.q_norm_heads
+            ops.head_norm(x, n, 0, apart, heads * dim // apart, layer.attn_q_norm)
+        if layer.attn_k_norm is not None:
+            apart = layer.k_norm_heads
+            ops.head_norm(x, n, heads * dim, apart, kv_heads * dim // apart, layer.attn_k_norm)
+        rotation = self.ropes[index]
+        if rotation is not None:
+            ops.rope(x, n, arena.pos[:n], first * dim, heads + kv_heads - first, dim, *rotation)
+        if config.attn_temperature is not None:
+            self._replay.call(step, _warmed, x.array[:n, : heads * dim], *config.attn_temperature)
+
+    def _logits(self, plan: Any, step: Any, arena: Arena) -> None:
+        """logits = those of the rows that parts want, side by side."""
+        total = sum(part.want for part in step.parts)
+        if not total:
+            return
+        last, n_prompt = arena.hidden, step.n_prompt
+        if total < len(step.tokens):
+            last, n_prompt = arena.last, sum(part.want for part in step.parts if part.prompt)
+            row = 0
+            for part, rows in zip(step.parts, step.spans):
+                last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
+                row += part.want
+        rows = arena, last, total, n_prompt
+        pieces = self._output_pieces(plan)
+        if pieces == self.weights.output_pieces:
+            self._project_logits(step, *rows, pieces)
+        else:
+            self._replay.call(step, self._project_logits, *rows, pieces)
+
+    def _output_pieces(self, plan: Any) -> Any:
+        """What serves the output matrix: the plan's source of weights, where it does that too."""
+        return getattr(plan.weights, "output_pieces", self.weights.output_pieces)
+
+    def _project_logits(self, step: Any, arena: Arena, x: Any, n: int, n_prompt: int, pieces: Any) -> None:
+        """logits = output @ norm(x) of n rows, by pieces() of the output matrix."""
+        for first, parts in pieces():
+            norm = self.weights.output_norm
+            self.ops.project(x, n, n_prompt, parts, arena.logits, norm=norm, column=first)
+        self.ops.finish_logits(arena.logits, n, self.config.logit_scale, self.config.logit_softcap)
+
+
+def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:
+    """Scale queries by their position, for attention that stays sharp over long texts."""
+    warmth = 1 + scale * np.log1p(step.pos // floor)
+    queries *= warmth.astype(np.float32)[:, None]
