@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 from cmr.bench import footprint, report
 from cmr.bench.cases import Case
 from cmr.bench.measure import Settings, Side, measure
 from cmr.bench.quiet import Watch
 from cmr.cli.main import main
+
+tool = load_tool("random_model")
 
 pytest.importorskip("numba")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.models import RECIPES, write_model
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 from cmr.bench.cases import Case
 from cmr.bench.peer import LlamaBench, LlamaWorker, open_peer
@@ -17,6 +17,8 @@ from cmr.bench.quality import quality
 from cmr.bench.quiet import own_time
 from cmr.cli.main import main
 from cmr.errors import RequestError
+
+tool = load_tool("random_model")
 
 FAKE_LLAMA = """
 import ctypes, time

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 import cmr
 from cmr.cli.main import main
@@ -14,6 +14,8 @@ from cmr.cli.progress import Progress
 from cmr.eval import divergence_at_depth
 from cmr.eval.chunks import Chunks
 from cmr.eval.perplexity import perplexity
+
+tool = load_tool("random_model")
 
 PLUGIN = """
 import cmr

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 import cmr
 from cmr.eval import forms
@@ -14,6 +14,8 @@ from cmr.eval.accuracy import Accuracy
 from cmr.eval.forms import Question
 from cmr.eval.hellaswag import Task, choose, hellaswag, read_tasks, scores
 from cmr.eval.suites import exact, suites, valid_json
+
+tool = load_tool("random_model")
 
 TASKS = [
     Task("Running: a man", ("runs home.", "runs.", "eats a whole cake.", "sleeps"), 1),

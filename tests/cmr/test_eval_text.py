@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from tests.cli_runs import bundled
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 import cmr
 from cmr.bench.peer import LlamaWorker
@@ -18,6 +18,8 @@ from cmr.eval.baseline import BaselineWriter, SavedBaseline
 from cmr.eval.chunks import Chunks, predictions
 from cmr.eval.perplexity import Live, Perplexity, compare_text, log_probs, perplexity
 from cmr.eval.reader import Reader
+
+tool = load_tool("random_model")
 
 TEXT = "once upon a time there was a king who had a horse and a very small house by the sea " * 6
 

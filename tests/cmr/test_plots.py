@@ -5,7 +5,7 @@ import json
 
 import pytest
 from tests.models import RECIPES, write_model
-from tests.tools.test_random_model import tool
+from tests.tool_files import load_tool
 
 import cmr
 from cmr.cli.main import main
@@ -13,6 +13,8 @@ from cmr.plots.chart import Axis, Chart, Line, Scale
 from cmr.plots.measured import cost_charts, speed_charts
 from cmr.plots.png import check_picture, save
 from cmr.plots.text import HEIGHT, WIDTH, as_text
+
+tool = load_tool("random_model")
 
 CHART = Chart(
     "Speed",

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tests.beside import BESIDE, STORY, alone, beside, tiny
+from tests.tool_files import load_tool
 from tests.toy import run
 
 import cmr
@@ -139,19 +140,13 @@ def test_contracts(tmp_path):
 
 
 def test_the_tool_writes_a_file_that_the_plugin_reads(tmp_path, monkeypatch, capsys):
-    from importlib.util import module_from_spec, spec_from_file_location
-    from pathlib import Path
-
-    spec = spec_from_file_location(
-        "plan_attention", Path(__file__).parents[2] / "tools" / "plan_attention.py"
-    )
-    tool = module_from_spec(spec)
-    spec.loader.exec_module(tool)
     text, out = tmp_path / "text.txt", tmp_path / "plan.json"
     text.write_text(STORY * 8)
-    words = f"plan {Path(tiny().path)} --text {text} -o {out} --lengths 60,150 --windows 16,64 --stretches 1".split()
+    words = (
+        f"plan {tiny().path} --text {text} -o {out} --lengths 60,150 --windows 16,64 --stretches 1".split()
+    )
     monkeypatch.setattr("sys.argv", words)
-    tool.main()
+    load_tool("plan_attention").main()
     assert capsys.readouterr().out.count("\n") == 2 + 3 * 2
     plugin = AttnPlan(file=out, kl=0.01)
     assert plugin.measured["lengths"] == [60, 150]

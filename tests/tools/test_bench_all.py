@@ -1,27 +1,12 @@
 """The standard set: its tables, and that it touches only its own places in BENCHMARKS.md."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
-from tests.tools.test_random_model import tool as random_tool
+from tests.tool_files import TOOLS, load_tool
 
 pytest.importorskip("numba")
-PATH = Path(__file__).parents[2] / "tools" / "bench_all.py"
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("bench_all", PATH)
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-tool = _load()
+tool, random_tool = load_tool("bench_all"), load_tool("random_model")
 
 
 def test_sections_are_replaced_and_the_rest_is_left(tmp_path):
@@ -38,7 +23,7 @@ def test_sections_are_replaced_and_the_rest_is_left(tmp_path):
 
 
 def test_the_documents_sections_are_there_before_anything_is_measured():
-    tool._check(PATH.parents[1] / "BENCHMARKS.md")
+    tool._check(TOOLS.parent / "BENCHMARKS.md")
 
 
 def test_plugins_are_measured_in_the_settings_of_one_table():

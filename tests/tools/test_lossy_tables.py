@@ -1,31 +1,16 @@
 """The tools that print the tables of lossy settings: what they name is there, and a line says what it should."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from tests.beside import STORY, tiny
 from tests.planted import write_recaller
+from tests.tool_files import load_tool
 
 import cmr
 
 pytest.importorskip("numba")
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-table, attention, curves = load("lossy_table"), load("bench_attention"), load("kv_curves")
+table, attention, curves = load_tool("lossy_table"), load_tool("bench_attention"), load_tool("kv_curves")
 EVERY = {*table.SETTINGS, *attention.TABLES["attention"], *attention.TABLES["kv"]}
 
 

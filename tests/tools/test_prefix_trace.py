@@ -1,19 +1,15 @@
 """The trace replay: its bound, what prefix-cache's index saves of it, limits, and the same with a model."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from tests.tool_files import load_tool
 from tests.toy import answer
 
 from cmr import Session
 from cmr.testing import ToyModel
 
-PATH = Path(__file__).parents[2] / "tools" / "prefix_trace.py"
-SPEC = importlib.util.spec_from_file_location("prefix_trace", PATH)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool("prefix_trace")
 
 
 @pytest.fixture

@@ -1,29 +1,14 @@
 """Random models: the same bytes for a seed, weights of the right spread, files that the engine runs."""
 
-import importlib.util
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
+from tests.tool_files import load_tool
 
 import cmr
 from cmr.quants import format_by_name
 
-PATH = Path(__file__).parents[2] / "tools" / "random_model.py"
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("random_model", PATH)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load()
+tool = load_tool("random_model")
 
 
 @pytest.mark.parametrize("file_type", ["q4_k_m", "q4_0", "q8_0", "f16"])
