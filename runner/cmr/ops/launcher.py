@@ -13,7 +13,7 @@ import numpy as np
 from cmr.errors import ModelError
 from cmr.ops.kernels import generated, grouped, jobs, pages, prompts, turning
 from cmr.ops.kernels.emit import compile_kernel
-from cmr.ops.kernels.threads import Pool
+from cmr.ops.kernels.pool import Pool
 from cmr.ops.program import Program, Stretch
 
 JOBS = {

@@ -14,7 +14,8 @@ import pytest
 from tests.cmr.kernels.cases import aligned
 
 from cmr.ops.kernels.emit import call_kernel, compile_kernel, emitter, write
-from cmr.ops.kernels.threads import COUNTERS, ENTRY, LINE, Pool, _at, draw
+from cmr.ops.kernels.pool import Pool
+from cmr.ops.kernels.threads import COUNTERS, ENTRY, LINE, _at, draw
 from cmr.ops.kernels.vector import I64
 from cmr.ops.program import Stretch
 
