@@ -155,7 +155,13 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", dest="model_flag", metavar="FILE", help="the same, as a flag")
     add("-c", "--ctx-size", type=whole(0), default=0, metavar="N", help="context in tokens; 0: the model's")
     add("-t", "--threads", type=whole(1), metavar="N", help="threads to generate with")
-    add("-tb", "--threads-batch", type=whole(1), metavar="N", help="threads to read prompts with")
+    add(
+        "-tb",
+        "--threads-batch",
+        type=whole(1),
+        metavar="N",
+        help="threads to read prompts with (default: -t)",
+    )
     add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
     add("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=0, metavar="N",
         help="layers on a GPU: 0 or auto, until there is a device table for one")  # fmt: skip
