@@ -2,6 +2,7 @@
 
 python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt attn-window:window=256 attn-window:window=64
 python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt --table attention
+python tools/bench_attention.py models/tiny-q8_0.gguf --text story.txt --table far --context 2048 --depths 900,1800
 python tools/bench_attention.py model.gguf --decode 4096 attn-pages [--rounds 15] [--threads 2]
 python tools/bench_attention.py model.gguf --prompt 4096 attn-block
 python tools/bench_attention.py model.gguf --prompt 512 --behind 3584 --rounds 4 attn-block
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -25,8 +27,10 @@ import numpy as np
 
 import cmr
 from cmr.eval import divergence_at_depth
+from cmr.eval.following import Following
 
 PLAIN, NOTHING = "plain", "nothing before"
+FAR = "far"  # the table of perplexities, beyond the trained length too, where divergence from plain says nothing
 # The settings of the tables in plugins/README.md.
 TABLES = {
     "attention": (
@@ -46,6 +50,7 @@ TABLES = {
         "attn-block:dense=512",
         *(f"attn-block:vertical={n},slash={m},dense=512" for n, m in ((4, 2), (2, 2), (0, 0))),
     ),
+    FAR: ("attn-extend:group=4,window=512", "attn-extend:group=8,window=256", "attn-window:window=512"),
     "kv": (
         "kv-quant:bits=8",
         "kv-quant:k=q8_0,v=q4_0",
@@ -192,6 +197,32 @@ def show(runs: Sequence[Run], title: str, unit: float, summary: Any) -> None:
         )
 
 
+def perplexities(
+    model: Any, settings: Sequence[str], text: str, depths: Sequence[int], n: int, stretches: int
+) -> None:
+    """Print each setting's perplexity of n generated tokens at each depth of so many stretches of the text."""
+    tokens = model.tokenizer.encode(text, bos=True)
+    size = depths[-1] + n
+    if len(tokens) < size * stretches:
+        raise SystemExit(f"the text has {len(tokens)} tokens, and {stretches} stretches of {size} are wanted")
+    print(f"| setting | {' | '.join(f'from {depth}' for depth in depths)} |")
+    print("|---|" + "---|" * len(depths), flush=True)
+    for setting in settings:
+        session, found = opened(model, setting), []
+        for depth in depths:
+            parts = [tokens[at : at + depth + n] for at in range(0, size * stretches, size)]
+            lost = [loss for part in parts for loss in losses(session, part, depth)]
+            found.append(f"{np.exp(np.mean(lost)):.2f}")
+        print(f"| {setting} | {' | '.join(found)} |", flush=True)
+
+
+def losses(session: Any, tokens: Sequence[int], depth: int) -> list[float]:
+    """The negative log-likelihoods of the tokens behind a prompt of `depth`, as if generated."""
+    with closing(Following(session, tokens, depth)) as text:
+        rows = ((text.next_row().astype(np.float64), token) for token in tokens[depth:])
+        return [float(np.logaddexp.reduce(row) - row[token]) for row, token in rows]
+
+
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -214,7 +245,10 @@ def main() -> None:
     if args.text:
         depths = [int(depth) for depth in args.depths.split(",")]
         text = args.text.read_text("utf-8")
-        divergences(model, args.settings, text, depths, args.tokens, args.stretches)
+        if args.table == FAR:
+            perplexities(model, [PLAIN, *args.settings], text, depths, args.tokens, args.stretches)
+        else:
+            divergences(model, args.settings, text, depths, args.tokens, args.stretches)
     if args.decode:
         decode(model, [PLAIN, *args.settings, NOTHING], args.decode, args.rounds)
     if args.prompt and args.behind:

@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 from tests.beside import STORY, tiny
 from tests.planted import write_recaller
@@ -11,7 +12,7 @@ import cmr
 
 pytest.importorskip("numba")
 table, attention, curves = load_tool("lossy_table"), load_tool("bench_attention"), load_tool("kv_curves")
-EVERY = {*table.SETTINGS, *attention.TABLES["attention"], *attention.TABLES["kv"]}
+EVERY = {*table.SETTINGS, *(setting for settings in attention.TABLES.values() for setting in settings)}
 
 
 @pytest.mark.parametrize("setting", sorted(EVERY))
@@ -35,3 +36,11 @@ def test_every_policy_stands_beside_the_control_with_as_many_late_slots():
     assert found == list(dict.fromkeys(found))
     assert {f"policy=random,recent={late}" for late in (0.125, 0.25, 0.5)} < set(found)
     assert "policy=h2o,recent=0.25" in found
+
+
+def test_perplexity_at_a_depth_is_that_of_what_follows():
+    tokens = tiny().tokenizer.encode(STORY, bos=True)[:40]
+    lost = attention.losses(cmr.Session.open(tiny()), tokens, 30)
+    rows = tiny().logits(tokens)[29:-1].astype(np.float64)
+    expected = [np.logaddexp.reduce(row) - row[token] for row, token in zip(rows, tokens[30:], strict=True)]
+    assert lost == pytest.approx(expected, abs=0.1)  # generated tokens go through other kernels than prompts
