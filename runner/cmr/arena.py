@@ -13,6 +13,7 @@ from cmr.shapes import qkv_rows
 
 # Views are remembered for so many row ranges; a decoding batch needs one range for each of its sequences.
 MAX_VIEWS = 4096
+AMPLE = 16  # rows of logits come in so many, as steps that are recorded rely on where they lie
 
 Heads = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -43,6 +44,7 @@ class Arena:
     def want(self, rows: int) -> None:
         """Make room for the logits of so many rows."""
         if rows > self.last.rows:
+            rows = -(-rows // AMPLE) * AMPLE
             self.last = self.ops.buffer(rows, self.config.n_embd)
             self.logits = self.ops.buffer(rows, self.config.n_vocab)
 

@@ -122,6 +122,14 @@ class LayerCache(Slots):
         return self._stock and self.pos.ndim == 1 and self.noted is None
 
     @property
+    def layout(self) -> tuple[Any, ...] | None:
+        """What recorded jobs rely on besides where the arrays lie; None where they may rely on more."""
+        if not self._stock:
+            return None
+        sizes, turned = (self.kv_heads, self.dim, self.dim_v), (self.turned_k, self.turned_v)
+        return (self.k_type, self.v_type, *sizes, *turned)
+
+    @property
     def positions(self) -> np.ndarray:
         """The positions held, int32 [slots], where all heads hold the same."""
         self._refuse_ragged("positions", "head_positions(head)")

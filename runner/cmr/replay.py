@@ -16,9 +16,10 @@ NEVER = object()  # stands for a step that does more than can be recorded
 
 
 class Store(NamedTuple):
-    """A layer's cache of one part, into which jobs write while it is what it was, which `generation` tells.
+    """A layer's cache of one part, into which jobs write: the one with the arrays that `generation` tells.
 
-    `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write.
+    `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write. The
+    jobs can take any other cache of the same `layout`, with `limit` slots at most, by `moves`.
     """
 
     part: int
@@ -28,6 +29,9 @@ class Store(NamedTuple):
     most: int
     firsts: list[int]
     counts: list[int]
+    limit: int
+    layout: Any
+    moves: list[tuple[int, int, int]]
 
 
 class Recording:
@@ -37,6 +41,7 @@ class Recording:
         self.program = program
         self.segments: list[Any] = []
         self.stores: list[Store] = []
+        self.called: list[tuple[int, int]] = []  # parts and layers whose caches were not replayable
         self.left = 0  # how often in a row a run could not go on to the end
         self._job = self._store = 0
 
@@ -44,12 +49,13 @@ class Recording:
     def storing(self, number: int, layer: int, rows: int, cache: Any) -> Iterator[None]:
         """Note that the jobs until the end of the block write a part's rows into a cache, and attend to it."""
         program = self.program
-        firsts, counts = len(program.firsts), len(program.counts)
+        firsts, counts, moves = len(program.firsts), len(program.counts), len(program.moves)
         program.limit = ANY
         yield
-        most = min(len(cache.pos), program.limit) - rows
+        most, layout = min(len(cache.pos), program.limit) - rows, getattr(cache, "layout", None)
         fields = program.firsts[firsts:], program.counts[counts:]
-        self.stores.append(Store(number, layer, rows, cache.generation, most, *fields))
+        kind = program.limit, layout, program.moves[moves:]
+        self.stores.append(Store(number, layer, rows, cache.generation, most, *fields, *kind))
 
     def cut(self, function: Callable[..., Any] | None, args: tuple[Any, ...], answer: Any) -> None:
         """End a stretch of jobs with a call."""
@@ -65,7 +71,8 @@ class Recording:
 class Replay:
     """Records a plan's latest decoding steps of different shapes, and runs steps of these shapes from that.
 
-    The first step of a shape is recorded. Prompts go the ordinary way.
+    The first step of a shape is recorded, whoever's it is: what is recorded serves all sequences of the plan,
+    as long as their caches have the layout of those it was recorded with. Prompts go the ordinary way.
     """
 
     def __init__(self, ops: Any) -> None:
@@ -77,7 +84,7 @@ class Replay:
 
         body(place) goes on the ordinary way from a place of plan.layers, or with the logits behind the last.
         """
-        shape = self._shape(plan, step, addresses)
+        shape = self._shape(step, addresses)
         if shape is None:
             body(0)
             return
@@ -94,15 +101,14 @@ class Replay:
         if len(latest) > KEPT:
             del latest[next(iter(latest))]
 
-    def _shape(self, plan: Any, step: Any, addresses: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _shape(self, step: Any, addresses: tuple[int, ...]) -> tuple[int, ...] | None:
         """What must be the same for a step to be run again; None for steps that are not recorded."""
         if step.n_prompt or not self.ops.replays:
             return None
-        wanted, first = 0, plan.layers[0]
-        shape = list(addresses)
+        wanted, shape = 0, list(addresses)
         for part in step.parts:
             wanted += part.want
-            shape += len(part.tokens), id(part.seq.caches[first])
+            shape.append(len(part.tokens))
         # Where only some rows' logits are wanted, rows are copied, which is no job.
         return (wanted, *shape) if wanted in (0, len(step.tokens)) else None
 
@@ -155,12 +161,17 @@ class Replay:
         """Say where this run writes; each cache with its slots in use before and after, or None if that is not good."""
         if max([part.pos[-1] for part in parts]) >= recording.program.positions:
             return None
+        for part, layer in recording.called:
+            if _replayable(parts[part].seq.caches[layer]):
+                return None
         fields, caches = recording.program.fields, []
-        for part, layer, rows, generation, most, firsts, counts in recording.stores:
+        for number, (part, layer, rows, generation, most, firsts, counts, *_) in enumerate(recording.stores):
             cache = parts[part].seq.caches[layer]
             used = cache.used
             if cache.generation != generation or used > most:
-                return None
+                if not self._moved(recording, number, cache):
+                    return None
+                generation = cache.generation
             after = used + rows
             for field in firsts:
                 fields[field] = used
@@ -168,6 +179,20 @@ class Replay:
                 fields[field] = after
             caches.append((cache, used, after, generation))
         return caches
+
+    def _moved(self, recording: Recording, number: int, cache: Any) -> bool:
+        """Let the jobs of a store have the arrays of a cache, with room for its rows; whether they can."""
+        store = recording.stores[number]
+        if store.layout is None or not _replayable(cache) or cache.layout != store.layout:
+            return False
+        cache.reserve(store.rows)
+        most = min(len(cache.pos), store.limit) - store.rows
+        if cache.used > most:
+            return False
+        if cache.generation != store.generation:
+            self.ops.move(recording.program, store.moves, *cache.segments())
+            recording.stores[number] = store._replace(generation=cache.generation, most=most)
+        return True
 
     # -- what a step does --
 
@@ -194,11 +219,18 @@ class Replay:
         args = (number, layer, attend, pos, *heads)
         if recording is None:
             attended(step, *args)
-        elif by_rule(attend) and getattr(cache, "replayable", False):
+        elif by_rule(attend) and _replayable(cache):
             with recording.storing(number, layer, len(pos), cache):
                 attended(step, *args)
         else:
+            if by_rule(attend):
+                recording.called.append((number, layer))
             self.call(step, attended, *args)
+
+
+def _replayable(cache: Any) -> bool:
+    """Whether a cache's next append and attend are jobs; one that does not say is taken to do more."""
+    return getattr(cache, "replayable", False)
 
 
 def attended(

@@ -16,9 +16,14 @@ from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
 from cmr.ops.launcher import Launcher, address_of, float_bits
 from cmr.ops.pack import GROUPED
+from cmr.ops.program import Program
 from cmr.ops.records import Segment
 
 NO_NOTES = (0,) * len(noting.NOTES)
+# Where places_of a segment stand in the fields: (field, first place, how many).
+K_MOVES = ((0, 0, 3),)
+V_MOVES = ((0, 3, 3), (jobs.STORE_ROWS.index("slots"), 6, 1))
+ROOM = 8  # pieces of which partial results have room at least
 
 
 @dataclass(eq=False, slots=True)
@@ -77,35 +82,35 @@ class AttentionOps(Launcher):
     """What `cmr.ops.table.Ops` says of keys and values."""
 
     def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
-        n, used = len(pos), segment.used
+        n, used, places = len(pos), segment.used, places_of(segment)
         by_head, first = (0, used) if isinstance(used, int) else (address_of(used), 0)
         pos = np.ascontiguousarray(pos, np.int32)
-        places = (address_of(segment.pos), segment.pos_stride, address_of(pos))
-        nowhere = (0, 0, 0)
-        k_part = (segment.k, segment.k_type, k_new, segment.turned_k, nowhere)
-        v_part = (segment.v, segment.v_type, v_new, segment.turned_v, places)
-        for target, type, source, turned, where in (k_part, v_part):
+        where = (places[6], segment.pos_stride, address_of(pos))
+        k_part = (segment.k_type, k_new, segment.turned_k, K_MOVES, (0, 0, 0))
+        v_part = (segment.v_type, v_new, segment.turned_v, V_MOVES, where)
+        for type, source, turned, moves, where in (k_part, v_part):
             source = self._turned(source) if turned else source
+            _, at, count = moves[0]
+            target = (*places[at : at + count], first)
             if type in GROUPED:
-                self._store_groups(target, used, source)
+                self._store_groups(target, source)
                 continue
             fields = (
-                *(address_of(target), target.strides[0], target.strides[1], first, by_head),
-                *(address_of(source), source.strides[0], source.strides[1]),
-                *(n, len(target), source.shape[2], self.kernel(WRITERS[type]), *where),
+                *(*target, by_head, address_of(source), source.strides[0], source.strides[1]),
+                *(n, source.shape[1], source.shape[2], self.kernel(WRITERS[type]), *where),
             )
             start = self._run("store_rows", source.size, fields)
             if self._program is not None:
                 self._program.firsts.append(start + jobs.STORE_ROWS.index("first"))
+                self._program.moves += [(start + field, at, count) for field, at, count in moves]
 
-    def _store_groups(self, target: np.ndarray, first: int, source: np.ndarray) -> None:
-        """Pack whole groups of rows, float32 [n, heads, dim], into slots from `first` on."""
+    def _store_groups(self, target: tuple[int, ...], source: np.ndarray) -> None:
+        """Pack whole groups of rows, float32 [n, heads, dim], into slots: address, strides, the first of them."""
         if self._program is not None:
             self._program.whole = False  # where groups go is not foretold
         n, heads, dim = source.shape
         fields = (
-            *(address_of(target), target.strides[0], target.strides[1], first),
-            *(address_of(source), source.strides[0], source.strides[1]),
+            *(*target, address_of(source), source.strides[0], source.strides[1]),
             *(n, heads, dim, self.kernel("pack_group")),
         )
         self._run("store_groups", source.size, fields)
@@ -153,7 +158,7 @@ class AttentionOps(Launcher):
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
             kernels = (_reader("load_tile", segment.k_type, "1"), f"load_tile:{segment.v_type}:0")
-            fields += self._segment(call, segment, 0, kernels)
+            fields += self._segment(call, segment, kernels)
         self._run("attend_prompt", call.work, tuple(fields), True, 1)
 
     def _attend_decode(self, call: Call) -> None:
@@ -161,21 +166,23 @@ class AttentionOps(Launcher):
         n, heads, _ = call.q.shape
         dim_v = call.out.shape[2]
         tile = min(4, 1 << (n * call.group - 1).bit_length())
-        pieces = [max(1, -(-segment.most // attention.PIECE)) for segment in call.segments]
-        partials = self._partials.reach(n * heads * sum(pieces) * generated.piece_bytes(dim_v))
+        pieces = sum(max(1, -(-segment.most // attention.PIECE)) for segment in call.segments)
+        # Recorded steps go on with more pieces as long as there is room for them.
+        ample = max(ROOM, 1 << (pieces - 1).bit_length())
+        partials = self._partials.reach(n * heads * ample * generated.piece_bytes(dim_v))
         scratch = self._threads_scratch(generated.scratch_bytes(dim_v))
         room = 0
         if call.notes is not None:
             kv_heads = len(call.segments[0].k)
-            room = self._notes.reach(noting.decode_room_bytes(n * call.group, kv_heads, sum(pieces), tile))
-        fields = [*call.fields(), *scratch, tile, partials, sum(pieces), *call.note_fields(room)]
-        for segment, count in zip(call.segments, pieces):
+            room = self._notes.reach(noting.decode_room_bytes(n * call.group, kv_heads, pieces, tile))
+        fields = [*call.fields(), *scratch, tile, partials, *call.note_fields(room)]
+        for segment in call.segments:
             blocks = value_blocks(dim_v, span(segment.v_type))
             kernels = (_reader("scores", segment.k_type, str(tile)), f"mix:{tile}:{blocks}:{segment.v_type}")
-            fields += self._segment(call, segment, count, kernels)
+            fields += self._segment(call, segment, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
-            self._note(call, pieces, start + len(generated.FIELDS))
+            self._note(call, ample - pieces, start + len(generated.FIELDS))
 
     def _notes_room(self, call: Call) -> tuple[int, int]:
         """Room for the weights of a prompt's work items: address, and bytes for each thread."""
@@ -183,34 +190,39 @@ class AttentionOps(Launcher):
         each = (each + 63) // 64 * 64
         return self._notes.reach(each * self._pool.threads), each
 
-    def _segment(
-        self, call: Call, segment: Segment, pieces: int, kernels: tuple[str, str]
-    ) -> tuple[int, ...]:
+    def _segment(self, call: Call, segment: Segment, kernels: tuple[str, str]) -> tuple[int, ...]:
         """The fields SEGMENT."""
-        k, v, used, tiles = segment.k, segment.v, segment.used, segment.tiles
+        used, tiles = segment.used, segment.tiles
         q = call.q if segment.q is None else segment.q
         return (
-            *(address_of(k), k.strides[0], k.strides[1], address_of(v), v.strides[0], v.strides[1]),
-            *(address_of(segment.pos), segment.pos_stride),
-            *(segment.most, 0 if isinstance(used, int) else address_of(used), pieces),
+            *(*places_of(segment), segment.pos_stride),
+            *(segment.most, 0 if isinstance(used, int) else address_of(used)),
             *(address_of(q), q.strides[0]),
             *((0, 0) if tiles is None else (address_of(tiles), tiles.strides[0])),
             *map(self.kernel, kernels),
             *(self.kernel("softmax:1" if segment.aged else "softmax"), *segment.low, *segment.high),
         )
 
-    def _note(self, call: Call, pieces: list[int], start: int) -> None:
-        """Note in the program being recorded which fields grow with the segments, and how far they may."""
+    def _note(self, call: Call, room: int, start: int) -> None:
+        """Note in the program being recorded which fields change with the segments, and how far they may grow.
+
+        There is `room` for so many pieces more.
+        """
         program = self._program
         assert program is not None
         alone = self._team_for(call.work, False) == 1
-        for at, (segment, count) in enumerate(zip(call.segments, pieces)):
-            if not segment.grows:
-                continue
-            place = SEGMENT.index("used") + at * len(SEGMENT)
-            program.counts.append(start + place)
-            few = segment.most + -call.slots % BLOCK if alone else program.limit
-            program.limit = min(program.limit, few, count * attention.PIECE)
+        for segment in call.segments:
+            if segment.grows:
+                program.counts.append(start + SEGMENT.index("used"))
+                program.moves.append((start + SEGMENT.index("k"), 0, 7))
+                few = segment.most + -call.slots % BLOCK if alone else program.limit
+                pieces = max(1, -(-segment.most // attention.PIECE)) + room
+                program.limit = min(program.limit, few, pieces * attention.PIECE)
+            start += len(SEGMENT)
+
+    def move(self, program: Program, moves: list[tuple[int, int, int]], segment: Segment) -> None:
+        """Let jobs of a recorded step read and write another segment of the same types and sizes."""
+        program.move(moves, memoryview(np.array(places_of(segment), np.int64)))
 
     def _attend_padded(self, call: Call, prompt: bool) -> None:
         """Attention for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""
@@ -227,6 +239,13 @@ class AttentionOps(Launcher):
         rule = replace(rule, scale=scale)
         self.attend(widened(q), call.q_pos, segments, rule, there, prompt, call.notes)
         out[:] = there[..., : out.shape[2]]
+
+
+def places_of(segment: Segment) -> tuple[int, ...]:
+    """Return where keys and values lie, with the bytes between heads and between slots, and where positions do."""
+    k, v = segment.k, segment.v
+    k_place, v_place = (address_of(k), *k.strides[:2]), (address_of(v), *v.strides[:2])
+    return (*k_place, *v_place, address_of(segment.pos))
 
 
 def _reader(name: str, type: str, parameter: str) -> str:

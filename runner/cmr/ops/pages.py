@@ -33,7 +33,7 @@ class PageOps(AttentionOps):
             *(*call.fields(), *scratch, tile, address_of(edges), edges.strides[0], edges.strides[1]),
             *(pages.size, pages.first, pages.last, pages.top, most),
             *(self.kernel(f"page_bound:{tile}:{FLOATS[edges.dtype.char]}"), self.kernel("scale_row")),
-            *self._segment(call, segment, 0, (f"scores:{tile}:{segment.k_type}", read_v)),
+            *self._segment(call, segment, (f"scores:{tile}:{segment.k_type}", read_v)),
         )
         work = q.size * (min(pages.slots, segment.most) + most)
         start = self._run("attend_pages", work, fields, False, 1)

@@ -25,10 +25,11 @@ class Stretch:
 
 @dataclass
 class Program:
-    """Jobs in order; of their fields only slots in use change from run to run.
+    """Jobs in order; of their fields only those change from run to run that say which slots of which arrays.
 
     `firsts` and `counts` are the fields that hold the first slot to write and the slots in use after that, in
-    order. The cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions
+    order; `moves` those that say where a cache's arrays lie, as (field, first of its places, how many), see
+    ops.attention.places_of. The cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions
     at most. `whole` tells whether the jobs are all that was done, `settled` whether all used the scratch memory
     that there was at the start; `kept` is what must not be freed.
     """
@@ -36,6 +37,7 @@ class Program:
     jobs: list[tuple[int, tuple[int, ...], int, int]] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    moves: list[tuple[int, int, int]] = field(default_factory=list)
     limit: int = ANY
     positions: int = ANY
     whole: bool = True
@@ -58,6 +60,11 @@ class Program:
             base += 8 * len(values)
         self.table = np.array(rows, np.int64)
         self.control, self.fields = control, memoryview(laid)
+
+    def move(self, moves: list[tuple[int, int, int]], places: memoryview) -> None:
+        """Write places, int64, into the fields that `moves` says."""
+        for place, first, count in moves:
+            self.fields[place : place + count] = places[first : first + count]
 
     def stretch(self, first: int, stop: int) -> Stretch:
         """Return the jobs from `first` on, up to but not including `stop`."""

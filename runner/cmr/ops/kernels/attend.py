@@ -15,7 +15,7 @@ SHARED = (
 # The fields of each segment follow those of its job.
 SEGMENT = (
     *("k", "k_stride", "k_row", "v", "v_stride", "v_row", "positions", "positions_stride"),
-    *("used", "used_by_head", "pieces", "q", "q_row", "tiles", "tiles_stride", "read_k", "read_v", "softmax"),
+    *("used", "used_by_head", "q", "q_row", "tiles", "tiles_stride", "read_k", "read_v", "softmax"),
     *("low_age", "low_start", "high_age", "high_start"),
 )
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32

@@ -9,7 +9,7 @@ from .emit import emitter, write
 from .threads import COUNTERS, draw
 from .vector import I64
 
-FIELDS = (*SHARED, "partials", "pieces", *noting.NOTES)
+FIELDS = (*SHARED, "partials", *noting.NOTES)
 
 
 def piece_bytes(dim_v):
@@ -27,28 +27,29 @@ def attend_decode(v, args):
     """Attention of a few generated tokens of one sequence; fields FIELDS (tile: queries that share loads)."""
     control, argument, me, team = args[:4]
     view = View(v, argument, FIELDS)
-    f = view.f
+    f, pieces = view.f, _number_of_pieces(v, view)
+    view.pieces = pieces
     scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     with v.repeat() as leave:
         item = draw(v, v.add(control, COUNTERS))
-        leave(v.compare(item, ">=", v.mul(f["pieces"], f["kv_heads"])))
-        g, piece = v.divide(item, f["pieces"]), v.remainder(item, f["pieces"])
+        leave(v.compare(item, ">=", v.mul(pieces, f["kv_heads"])))
+        g, piece = v.divide(item, pieces), v.remainder(item, pieces)
         address, within = _find(v, view, piece)
         _one_piece(v, view, Slots(view, address, g), scratch, piece, within)
-        with v.when(v.b.and_(view.noting, v.compare(f["pieces"], "==", 1))):
+        with v.when(v.b.and_(view.noting, v.compare(pieces, "==", 1))):
             with v.loop(0, v.mul(f["n"], view.group)) as query:
                 noting.finish_piece(v, _partial(v, view, g, query, piece)[1])
             _note_piece(v, view, scratch, g, piece)
     write(v, "barrier", control, team)
     stride = v.add(v.mul(f["dim_v"], 4), 64)
     with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
-        partials = v.add(f["partials"], v.mul(v.mul(query, f["pieces"]), stride))
+        partials = v.add(f["partials"], v.mul(v.mul(query, pieces), stride))
         row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
-        write(v, "combine", partials, f["pieces"], stride, f["dim_v"], view.output(row, head))
-    with v.when(v.b.and_(view.noting, v.compare(f["pieces"], ">", 1))):
+        write(v, "combine", partials, pieces, stride, f["dim_v"], view.output(row, head))
+    with v.when(v.b.and_(view.noting, v.compare(pieces, ">", 1))):
         write(v, "barrier", control, team)
-        with v.loop(me, v.mul(f["pieces"], f["kv_heads"]), team) as item:
-            _note_piece(v, view, scratch, v.divide(item, f["pieces"]), v.remainder(item, f["pieces"]))
+        with v.loop(me, v.mul(pieces, f["kv_heads"]), team) as item:
+            _note_piece(v, view, scratch, v.divide(item, pieces), v.remainder(item, pieces))
 
 
 def _note_piece(v, view, scratch, g, piece):
@@ -58,11 +59,27 @@ def _note_piece(v, view, scratch, g, piece):
     noting.note_piece(v, view, scratch, g, piece, count, start, lambda q, p: _partial(v, view, g, q, p)[1])
 
 
+def _pieces_of(v, segment):
+    """How many pieces the segment at an address has: one at least."""
+    used = v.load(v.add(segment, 8 * SEGMENT.index("used")), I64)
+    pieces = v.divide(v.add(used, PIECE - 1), PIECE)
+    return v.choose(v.compare(pieces, ">", 1), pieces, 1)
+
+
+def _number_of_pieces(v, view):
+    """How many pieces all segments have."""
+    total = v.variable(I64(0))
+    with v.loop(0, view.f["segments"]) as k:
+        there = _pieces_of(v, v.add(view.first, v.mul(k, 8 * len(SEGMENT))))
+        v.set(total, v.add(v.get(total), there))
+    return v.get(total)
+
+
 def _find(v, view, piece):
     """The address of the segment that a piece belongs to, and the piece's number within it."""
     segment, left = v.variable(view.first), v.variable(piece)
     with v.repeat() as leave:
-        there = v.load(v.add(v.get(segment), 8 * SEGMENT.index("pieces")), I64)
+        there = _pieces_of(v, v.get(segment))
         leave(v.compare(v.get(left), "<", there))
         v.set(left, v.sub(v.get(left), there))
         v.set(segment, v.add(v.get(segment), 8 * len(SEGMENT)))
@@ -115,5 +132,5 @@ def _partial(v, view, g, query, piece):
     f = view.f
     row = v.divide(query, view.group)
     head = v.add(v.mul(g, view.group), v.remainder(query, view.group))
-    index = v.add(v.mul(v.add(v.mul(row, f["heads"]), head), f["pieces"]), piece)
+    index = v.add(v.mul(v.add(v.mul(row, f["heads"]), head), view.pieces), piece)
     return row, v.add(f["partials"], v.mul(index, v.add(v.mul(f["dim_v"], 4), 64)))

@@ -58,7 +58,7 @@ def piece_room(v, view, g, piece):
     f = view.f
     total = v.mul(f["n"], view.group)
     padded = v.mul(v.divide(v.sub(v.add(total, f["tile"]), 1), f["tile"]), f["tile"])
-    return v.add(f["room"], v.mul(v.mul(v.add(v.mul(g, f["pieces"]), piece), padded), 4 * PIECE))
+    return v.add(f["room"], v.mul(v.mul(v.add(v.mul(g, view.pieces), piece), padded), 4 * PIECE))
 
 
 def note_piece(v, view, scratch, g, piece, count, column, partial):
