@@ -19,7 +19,7 @@ class Store(NamedTuple):
     """A layer's cache of one part, into which jobs write: the one with the arrays that `generation` tells.
 
     `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write. The
-    jobs can take any other cache of the same `layout`, with `limit` slots at most, by `moves`.
+    jobs can take any other cache of the same `layout`, with `limit` slots at most, by `moves` and `few`.
     """
 
     part: int
@@ -32,6 +32,12 @@ class Store(NamedTuple):
     limit: int
     layout: Any
     moves: list[tuple[int, int, int]]
+    few: list[tuple[int, int]]
+
+    def room(self, cache: Any, slots: int) -> int:
+        """How many slots of the cache may be in use before, if `slots` will be after the next run."""
+        alone = [few for _, few in self.few if slots <= few]
+        return min(len(cache.pos), self.limit, *alone) - self.rows
 
 
 class Recording:
@@ -49,13 +55,16 @@ class Recording:
     def storing(self, number: int, layer: int, rows: int, cache: Any) -> Iterator[None]:
         """Note that the jobs until the end of the block write a part's rows into a cache, and attend to it."""
         program = self.program
-        firsts, counts, moves = len(program.firsts), len(program.counts), len(program.moves)
+        noted = program.firsts, program.counts, program.moves, program.few
+        before = [len(found) for found in noted]
         program.limit = ANY
         yield
-        most, layout = min(len(cache.pos), program.limit) - rows, getattr(cache, "layout", None)
-        fields = program.firsts[firsts:], program.counts[counts:]
-        kind = program.limit, layout, program.moves[moves:]
-        self.stores.append(Store(number, layer, rows, cache.generation, most, *fields, *kind))
+        firsts, counts, moves, few = (found[start:] for found, start in zip(noted, before))
+        layout = getattr(cache, "layout", None)
+        store = Store(
+            number, layer, rows, cache.generation, 0, firsts, counts, program.limit, layout, moves, few
+        )
+        self.stores.append(store._replace(most=store.room(cache, cache.used)))
 
     def cut(self, function: Callable[..., Any] | None, args: tuple[Any, ...], answer: Any) -> None:
         """End a stretch of jobs with a call."""
@@ -186,12 +195,11 @@ class Replay:
         if store.layout is None or not _replayable(cache) or cache.layout != store.layout:
             return False
         cache.reserve(store.rows)
-        most = min(len(cache.pos), store.limit) - store.rows
-        if cache.used > most:
+        slots = cache.used + store.rows
+        if slots > store.limit:
             return False
-        if cache.generation != store.generation:
-            self.ops.move(recording.program, store.moves, *cache.segments())
-            recording.stores[number] = store._replace(generation=cache.generation, most=most)
+        self.ops.move(recording.program, store, *cache.segments(), slots)
+        recording.stores[number] = store._replace(generation=cache.generation, most=store.room(cache, slots))
         return True
 
     # -- what a step does --

@@ -90,7 +90,7 @@ def test_recordings_grow_with_their_caches(models, monkeypatch):
         plan, seq = plain_plan(model), new_sequence(model, TOKENS, np.float16)
         rows.append(decode(model, plan, seq, 0, 600))
     assert np.array_equal(*rows)
-    assert count[0] >= 600 - made[0] and made[0] <= 4
+    assert count[0] >= 600 - made[0] and made[0] <= 2
 
 
 RULES = (AttnRule(), AttnRule(window=40, sinks=3), AttnRule(window=7))

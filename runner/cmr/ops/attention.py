@@ -14,7 +14,7 @@ from cmr.ops.kernels import attention, generated, jobs, noting, prompts
 from cmr.ops.kernels.attend import SEGMENT
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
-from cmr.ops.launcher import Launcher, address_of, float_bits
+from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
 from cmr.ops.pack import GROUPED
 from cmr.ops.program import Program
 from cmr.ops.records import Segment
@@ -210,19 +210,24 @@ class AttentionOps(Launcher):
         """
         program = self._program
         assert program is not None
-        alone = self._team_for(call.work, False) == 1
+        few = (SMALL_WORK - 1) // call.q.size // BLOCK * BLOCK
         for segment in call.segments:
             if segment.grows:
                 program.counts.append(start + SEGMENT.index("used"))
                 program.moves.append((start + SEGMENT.index("k"), 0, 7))
-                few = segment.most + -call.slots % BLOCK if alone else program.limit
+                program.few.append((len(program.jobs) - 1, few - call.slots + segment.most))
                 pieces = max(1, -(-segment.most // attention.PIECE)) + room
-                program.limit = min(program.limit, few, pieces * attention.PIECE)
+                program.limit = min(program.limit, pieces * attention.PIECE)
             start += len(SEGMENT)
 
-    def move(self, program: Program, moves: list[tuple[int, int, int]], segment: Segment) -> None:
-        """Let jobs of a recorded step read and write another segment of the same types and sizes."""
-        program.move(moves, memoryview(np.array(places_of(segment), np.int64)))
+    def move(self, program: Program, store: Any, segment: Segment, slots: int) -> None:
+        """Let jobs of a recorded step read and write another segment alike, of which `slots` will be in use.
+
+        `store` has what the program noted of them: moves and few.
+        """
+        program.move(store.moves, memoryview(np.array(places_of(segment), np.int64)))
+        for job, few in store.few:
+            program.table[job, 2] = 1 if slots <= few else self.threads
 
     def _attend_padded(self, call: Call, prompt: bool) -> None:
         """Attention for head sizes that vectors do not divide, on copies padded with zeros: correct, not fast."""

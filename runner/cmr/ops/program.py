@@ -29,15 +29,17 @@ class Program:
 
     `firsts` and `counts` are the fields that hold the first slot to write and the slots in use after that, in
     order; `moves` those that say where a cache's arrays lie, as (field, first of its places, how many), see
-    ops.attention.places_of. The cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions
-    at most. `whole` tells whether the jobs are all that was done, `settled` whether all used the scratch memory
-    that there was at the start; `kept` is what must not be freed.
+    ops.attention.places_of. `few` lists attention jobs, each with the slots up to which one thread runs it. The
+    cache that the latest jobs attend to may have `limit` slots, and a sequence `positions` positions at most.
+    `whole` tells whether the jobs are all that was done, `settled` whether all used the scratch memory that there
+    was at the start; `kept` is what must not be freed.
     """
 
     jobs: list[tuple[int, tuple[int, ...], int, int]] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     moves: list[tuple[int, int, int]] = field(default_factory=list)
+    few: list[tuple[int, int]] = field(default_factory=list)
     limit: int = ANY
     positions: int = ANY
     whole: bool = True
