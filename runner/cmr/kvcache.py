@@ -51,6 +51,7 @@ class LayerCache(Slots):
     evidence: tuple[str, ...] = tuple(KINDS)
     floor = 0  # where the latest eviction was: what a rollback to before it would need is gone
     _stock = True
+    _places: tuple[int, Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -128,6 +129,13 @@ class LayerCache(Slots):
             return None
         sizes, turned = (self.kv_heads, self.dim, self.dim_v), (self.turned_k, self.turned_v)
         return (self.k_type, self.v_type, *sizes, *turned)
+
+    @property
+    def places(self) -> Any:
+        """Where the arrays lie, as the op table writes it into recorded jobs; where there is a layout."""
+        if self._places is None or self._places[0] != self.generation:
+            self._places = self.generation, self.ops.places(self._segment())
+        return self._places[1]
 
     @property
     def positions(self) -> np.ndarray:

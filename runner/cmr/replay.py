@@ -15,11 +15,26 @@ PATIENCE = 2  # runs in a row that a call's answer may end early until the step 
 NEVER = object()  # stands for a step that does more than can be recorded
 
 
+class Kind(NamedTuple):
+    """Which caches jobs can take besides the one they were recorded with: of a layout, with at most `limit` slots.
+
+    `moves` and `few` are what the program noted of the jobs.
+    """
+
+    layout: Any
+    limit: int
+    moves: list[tuple[int, int, int]]
+    few: list[tuple[int, int]]
+
+    def room(self, cache: Any, slots: int) -> int:
+        """How many slots of a cache may be in use, as long as jobs run as they do for `slots`."""
+        return min(len(cache.pos), self.limit, *[few for _, few in self.few if slots <= few])
+
+
 class Store(NamedTuple):
     """A layer's cache of one part, into which jobs write: the one with the arrays that `generation` tells.
 
-    `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write. The
-    jobs can take any other cache of the same `layout`, with `limit` slots at most, by `moves` and `few`.
+    `most` slots may be in use before; `firsts` and `counts` are fields of the program that say where to write.
     """
 
     part: int
@@ -29,15 +44,7 @@ class Store(NamedTuple):
     most: int
     firsts: list[int]
     counts: list[int]
-    limit: int
-    layout: Any
-    moves: list[tuple[int, int, int]]
-    few: list[tuple[int, int]]
-
-    def room(self, cache: Any, slots: int) -> int:
-        """How many slots of the cache may be in use before, if `slots` will be after the next run."""
-        alone = [few for _, few in self.few if slots <= few]
-        return min(len(cache.pos), self.limit, *alone) - self.rows
+    kind: Kind
 
 
 class Recording:
@@ -60,11 +67,9 @@ class Recording:
         program.limit = ANY
         yield
         firsts, counts, moves, few = (found[start:] for found, start in zip(noted, before))
-        layout = getattr(cache, "layout", None)
-        store = Store(
-            number, layer, rows, cache.generation, 0, firsts, counts, program.limit, layout, moves, few
-        )
-        self.stores.append(store._replace(most=store.room(cache, cache.used)))
+        kind = Kind(getattr(cache, "layout", None), program.limit, moves, few)
+        most = kind.room(cache, cache.used) - rows
+        self.stores.append(Store(number, layer, rows, cache.generation, most, firsts, counts, kind))
 
     def cut(self, function: Callable[..., Any] | None, args: tuple[Any, ...], answer: Any) -> None:
         """End a stretch of jobs with a call."""
@@ -148,15 +153,10 @@ class Replay:
 
     def _play(self, recording: Recording, step: Any, caches: list[Any]) -> int | None:
         """Run a recorded step; the place of a layer from which on it cannot be, or None."""
-        replay = self.ops.replay
+        replay, called = self.ops.replay, False
         for stretch, stores, function, args, answer in recording.segments:
-            for number in stores:
-                cache, used, _, generation = caches[number]
-                if cache.generation != generation or cache.used != used:
-                    raise PluginError(
-                        f"the cache of layer {recording.stores[number].layer} was changed before its turn in a "
-                        "step; plugins change caches in on_step"
-                    )
+            if called:
+                self._same(recording, stores, caches)
             replay(stretch)
             for number in stores:
                 cache, _, cache.used, _ = caches[number]
@@ -164,7 +164,18 @@ class Replay:
                 found = function(step, *args)
                 if found != answer:
                     return found
+                called = True
         return None
+
+    def _same(self, recording: Recording, stores: range, caches: list[Any]) -> None:
+        """Refuse what a call has done to caches whose turn comes after it."""
+        for number in stores:
+            cache, used, _, generation = caches[number]
+            if cache.generation != generation or cache.used != used:
+                raise PluginError(
+                    f"the cache of layer {recording.stores[number].layer} was changed before its turn in a step; "
+                    "plugins change caches in on_step"
+                )
 
     def _placed(self, recording: Recording, parts: Any) -> list[Any] | None:
         """Say where this run writes; each cache with its slots in use before and after, or None if that is not good."""
@@ -173,12 +184,12 @@ class Replay:
         for part, layer in recording.called:
             if _replayable(parts[part].seq.caches[layer]):
                 return None
-        fields, caches = recording.program.fields, []
-        for number, (part, layer, rows, generation, most, firsts, counts, *_) in enumerate(recording.stores):
+        fields, caches = recording.program.fields, list[Any]()
+        for part, layer, rows, generation, most, firsts, counts, _ in recording.stores:
             cache = parts[part].seq.caches[layer]
             used = cache.used
             if cache.generation != generation or used > most:
-                if not self._moved(recording, number, cache):
+                if not self._moved(recording, len(caches), cache):
                     return None
                 generation = cache.generation
             after = used + rows
@@ -192,14 +203,16 @@ class Replay:
     def _moved(self, recording: Recording, number: int, cache: Any) -> bool:
         """Let the jobs of a store have the arrays of a cache, with room for its rows; whether they can."""
         store = recording.stores[number]
-        if store.layout is None or not _replayable(cache) or cache.layout != store.layout:
+        kind, rows = store.kind, store.rows
+        if kind.layout is None or not _replayable(cache) or cache.layout != kind.layout:
             return False
-        cache.reserve(store.rows)
-        slots = cache.used + store.rows
-        if slots > store.limit:
+        cache.reserve(rows)
+        slots = cache.used + rows
+        if slots > kind.limit:
             return False
-        self.ops.move(recording.program, store, *cache.segments(), slots)
-        recording.stores[number] = store._replace(generation=cache.generation, most=store.room(cache, slots))
+        self.ops.move(recording.program, kind, cache.places, slots)
+        most = kind.room(cache, slots) - rows
+        recording.stores[number] = store._replace(generation=cache.generation, most=most)
         return True
 
     # -- what a step does --

@@ -220,13 +220,17 @@ class AttentionOps(Launcher):
                 program.limit = min(program.limit, pieces * attention.PIECE)
             start += len(SEGMENT)
 
-    def move(self, program: Program, store: Any, segment: Segment, slots: int) -> None:
+    def places(self, segment: Segment) -> memoryview:
+        """Return what move() needs to know of a segment, as long as its arrays stay where they are."""
+        return memoryview(np.array(places_of(segment), np.int64))
+
+    def move(self, program: Program, kind: Any, places: memoryview, slots: int) -> None:
         """Let jobs of a recorded step read and write another segment alike, of which `slots` will be in use.
 
-        `store` has what the program noted of them: moves and few.
+        `kind` has what the program noted of them: moves and few.
         """
-        program.move(store.moves, memoryview(np.array(places_of(segment), np.int64)))
-        for job, few in store.few:
+        program.move(kind.moves, places)
+        for job, few in kind.few:
             program.table[job, 2] = 1 if slots <= few else self.threads
 
     def _attend_padded(self, call: Call, prompt: bool) -> None:
