@@ -8,10 +8,10 @@ from cmr import hookimpl, plugin
 from cmr_plugins.speculation import DEPTHS, Choice, Drafter, Pace
 
 # How often the next token is right, by the length of the match, before a text has shown it.
-CHANCES = (0.4, 0.5, 0.65, 0.75, 0.85, 0.93)
-STARTS = (0, 4, 5, 7, 10, 16)
+CHANCES = (0.4, 0.5, 0.6, 0.7, 0.77, 0.85, 0.93)
+STARTS = (0, 3, 4, 5, 7, 10, 16)
 LONGEST = 16
-MEMORY = 0.95
+WEIGHT, MOST = 3.0, 40.0  # what these count in tokens seen, and how many count at most
 START = 1.5  # plain tokens that the first drafts may lose
 REFRESH = 8  # tokens after which depths are chosen anew
 LEVEL = tuple(sum(length >= start for start in STARTS) - 1 for length in range(LONGEST + 1))
@@ -24,7 +24,7 @@ class Matches:
     the same as the last ones.
     """
 
-    __slots__ = ("chances", "done", "fresh", "length", "memo", "n", "place", "where")
+    __slots__ = ("chances", "done", "fresh", "length", "memo", "n", "place", "weights", "where")
 
     def __init__(self, n: int, tokens: list[int]) -> None:
         self.n, self.place, self.length, self.fresh = n, 0, 0, 0
@@ -32,7 +32,7 @@ class Matches:
         self.done = max(0, len(tokens) - 1)
         starts = (tokens[i : self.done] for i in range(n))
         self.where = dict(zip(zip(*starts), range(n, self.done + 1)))
-        self.chances = list(CHANCES)
+        self.chances, self.weights = list(CHANCES), [WEIGHT] * len(CHANCES)
         self.memo: dict[int, list[Choice]] = {}
 
     def follow(self, tokens: list[int]) -> None:
@@ -59,7 +59,8 @@ class Matches:
     def _score(self, right: bool) -> None:
         """Move the chance of this length towards what happened; nothing needs to be drafted for that."""
         level = LEVEL[min(self.length, LONGEST)]
-        self.chances[level] += (1 - MEMORY) * (right - self.chances[level])
+        weight = self.weights[level] = min(self.weights[level] + 1, MOST)
+        self.chances[level] += (right - self.chances[level]) / weight
         self.fresh += 1
         if self.fresh >= REFRESH:
             self.fresh = 0
@@ -79,7 +80,7 @@ class SpecLookup(Drafter):
     """Draft by copying what followed the same tokens before, as deep as it pays."""
 
     exact = True
-    ngram: Annotated[int, "how many tokens must be the same"] = 3
+    ngram: Annotated[int, "how many tokens must be the same"] = 2
     depth: Annotated[int, "most tokens in a draft"] = DEPTHS[-1]
     gain: Annotated[float, "draft where it promises so many times plain speed; 0: always"] = 1.05
 
@@ -107,14 +108,14 @@ class SpecLookup(Drafter):
         place = matches.place
         if not place:
             return []
-        depth = self._depth(matches) if self.gain else self.depth
+        depth = self._depth(matches, seq.limit - len(tokens) - 1) if self.gain else self.depth
         draft = tokens[place : place + depth]
         while len(draft) < depth:  # the copy has reached the end of the text: it goes on as it began
             draft += draft[: depth - len(draft)]
         return draft
 
-    def _depth(self, matches: Matches) -> int:
-        """The depth that promises the most and whose failure the account can pay; 0 for none."""
+    def _depth(self, matches: Matches, most: int) -> int:
+        """The depth, `most` at most, that promises the most and whose failure the account can pay; 0 for none."""
         pace = self.pace
         if pace.room <= 0 or not pace.ready:
             return 0
@@ -122,7 +123,7 @@ class SpecLookup(Drafter):
         choices = matches.memo.get(level)
         if choices is None:
             choices = matches.memo[level] = pace.choices(matches.ahead()[: self.depth], self.gain)
-        return next((choice.depth for choice in choices if choice.risk <= pace.room), 0)
+        return next((c.depth for c in choices if c.risk <= pace.room and c.depth <= most), 0)
 
 
 def _alike(tokens: list[int], place: int, end: int, n: int) -> int:

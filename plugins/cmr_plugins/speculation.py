@@ -15,13 +15,13 @@ import numpy as np
 
 from cmr import hookimpl
 
-# Few depths, as each shape of a step is recorded once; rows in eights read weights once.
+# Few depths, as each shape of a step is recorded by itself; rows in eights read weights once.
 DEPTHS = (1, 3, 7, 15)
 # Seconds of a step with so many rows against one row, until they are measured here.
 GRID = {1: 1.0, 2: 1.2, 4: 1.8, 8: 2.9, 16: 5.6}
 SHARE = 0.015  # of plain speed that drafts may cost where they fail
 CREDIT = 12.0  # plain tokens of earlier gain that may be risked
-UNTRIED = 0.9  # what the promise of a depth counts until its first step was recorded
+UNTRIED = 0.9  # what the promise of a depth counts until a step of it was recorded
 TIMES = 3  # the first step of a shape is recorded, later ones run from that
 MEASURE_SECONDS = 0.15
 PRIOR, MEMORY = 0.75, 0.95  # the chance of a drafted token before anything is known, and how long luck counts
@@ -72,23 +72,32 @@ class Pace:
 
     def __init__(self, start: float) -> None:
         self.room, self.parts, self.measured = start, 1, False
+        self.tried: set[int] = set()  # rows of steps that are recorded
         self.extra = 0.0  # seconds spent on drafting since the last step
         self.ratios = dict(GRID)
         self.times: dict[int, deque[float]] = {1: deque(maxlen=8)}
 
     def measure(self, model: Any, plan: Any) -> None:
-        """Time steps of up to 8 rows through one layer, with caches of their own: a few plain tokens' time."""
+        """Time steps of up to 16 rows with caches of their own, in MEASURE_SECONDS.
+
+        Where there is time for it they are whole steps, which requests then run as they were recorded here; else
+        they go through one layer.
+        """
         self.measured = True
-        probe = _Probe(model, plan)
+        layers, short = plan.layers, replace(plan, layers=plan.layers[:1], on_attention=(), on_layer=())
+        probe = _Probe(model, short, want=False)
         one, left = probe.seconds(1), MEASURE_SECONDS
-        for rows in (2, 4, 8):
+        if not (plan.on_attention or plan.on_layer) and TIMES * sum(GRID.values()) * len(layers) * one < left:
+            probe = _Probe(model, plan, want=True)
+            one = probe.seconds(1)
+            self.tried.update(GRID)
+        for rows in (2, 4, 8, 16):
             if TIMES * one * self.ratios[rows] > left:
                 return
             found = probe.seconds(rows)
             left -= TIMES * found
             # Hope costs little, as the account ends it; a disturbed measurement would stop drafts for good.
             self.ratios[rows] = min(max(1.0, found / one), 1.2 * GRID[rows])
-        self.ratios[16] = 2 * self.ratios[8]
 
     @property
     def ready(self) -> bool:
@@ -132,7 +141,7 @@ class Pace:
             cost = (self.seconds(parts * (1 + depth)) + parts * depth * each) / plain
             if expected >= gain * cost:
                 found.append(Choice(depth, expected / cost, parts * (cost - 1)))
-        tried = {depth for depth in DEPTHS if parts * (1 + depth) in self.times}
+        tried = {depth for depth in DEPTHS if parts * (1 + depth) in self.tried}
         return sorted(found, key=lambda choice: -choice.speed * (1 if choice.depth in tried else UNTRIED))
 
     def on_step(self, step: Any) -> bool:
@@ -146,6 +155,7 @@ class Pace:
             self._account(step, rows)
         else:
             self.room = min(CREDIT, self.room + SHARE)
+        self.tried.add(rows)
         seen = self.times.get(rows)
         if seen is None:
             seen = self.times[rows] = deque(maxlen=8)
@@ -198,20 +208,19 @@ class Drafter:
 
 
 class _Probe:
-    """Steps of a sequence of its own, without plugins that look on and without logits."""
+    """Steps of a sequence of its own under a plan, which want logits or not."""
 
-    def __init__(self, model: Any, plan: Any) -> None:
-        self.model = model
-        self.plan = replace(plan, on_attention=(), on_layer=(), layers=plan.layers[:1])
+    def __init__(self, model: Any, plan: Any, want: bool) -> None:
+        self.model, self.plan, self.want = model, plan, want
         self.seq = SimpleNamespace(caches=[make() for make in plan.caches], tokens=[0] * 16)
         self._step(0, 1)
 
     def seconds(self, rows: int) -> float:
-        """Time a step of so many generated rows through the first layer of the plan."""
+        """Time a step of so many generated rows."""
         return min(self._step(1, rows) for _ in range(TIMES))
 
     def _step(self, start: int, rows: int) -> float:
-        step = rows_of(self.seq, [0] * rows, start, prompt=False, want=0)
+        step = rows_of(self.seq, [0] * rows, start, prompt=False, want=rows if self.want else 0)
         began = perf_counter()
         self.model.forward(self.plan, step)
         took = perf_counter() - began

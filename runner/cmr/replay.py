@@ -85,8 +85,9 @@ class Recording:
 class Replay:
     """Records a plan's latest decoding steps of different shapes, and runs steps of these shapes from that.
 
-    The first step of a shape is recorded, whoever's it is: what is recorded serves all sequences of the plan,
-    as long as their caches have the layout of those it was recorded with. Prompts go the ordinary way.
+    The first step of a shape is recorded. A shape is how many tokens come from each part: a recording serves all
+    sequences whose caches have the layout of those that it was made with, wherever they lie and however they
+    grow. A cache without a layout is bound to the arrays it had. Prompts go the ordinary way.
     """
 
     def __init__(self, ops: Any) -> None:

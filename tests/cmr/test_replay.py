@@ -144,6 +144,23 @@ def test_batches_change_their_members_without_being_recorded_anew(models, monkey
     assert made[0] <= 2 and count[0] >= 58
 
 
+def test_a_cache_that_can_be_replayed_again_is_no_longer_called(models, monkeypatch):
+    pair, rows = models(WIDE), []
+    count = counting(pair[0], monkeypatch)
+    for model in pair:
+        plan, torn, whole = plain_plan(model), *(new_sequence(model, TOKENS, np.float16) for _ in range(2))
+        out = [decode(model, plan, torn, 0, 9)]
+        torn.caches[1].keep_heads([range(5)] + [range(9)] * (torn.caches[1].kv_heads - 1))
+        before = count[0]
+        out.append(decode(model, plan, torn, 9, 19))
+        assert model is pair[1] or count[0] == before + 2 * 9  # one step is recorded, others call once
+        before = count[0]
+        out.append(decode(model, plan, whole, 0, 10))
+        assert model is pair[1] or count[0] == before + 9
+        rows.append(np.concatenate(out))
+    assert np.array_equal(*rows)
+
+
 class Life:
     """Sequences whose caches go through all that may happen to a cache, the same for each model."""
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+from tests.models import Recipe, write_model
 from tests.toy import MODEL, Drafts, answer, run
 
-from cmr import PluginError, Session, hookimpl
+import cmr
+from cmr import PluginError, Request, SamplerSettings, Session, hookimpl
 from cmr.testing import ToyModel
 from cmr_plugins.speculation import DEPTHS, GRID, SHARE, Pace
 
@@ -95,6 +97,22 @@ def test_the_curve_is_measured_in_bounded_time_without_touching_requests():
     assert pace.measured and set(pace.ratios) == set(COSTS)
     assert all(1 <= ratio <= rows for rows, ratio in pace.ratios.items() if rows > 1)
     assert pace.ratio(3) == pytest.approx((pace.ratios[2] + pace.ratios[4]) / 2)
+
+
+def test_steps_recorded_while_they_were_timed_serve_the_request(tmp_path, monkeypatch):
+    recipe = Recipe(layers=2, width=64, heads=2, kv_heads=1, dim=32, dim_v=32, inner=64)
+    model = cmr.open_model(write_model(tmp_path / "model.gguf", recipe), threads=1)
+    tokens = [5, 6, 7, 8] * 20
+    try:
+        plain = list(Session.open(model).generate(Request(tokens, 60, SamplerSettings(temp=0.0))))
+        session, made, recording = Session.open(model, ["spec-lookup:gain=0.01"]), [], model.ops.recording
+        monkeypatch.setattr(model.ops, "recording", lambda: made.append(1) or recording())
+        answer = session.generate(Request(tokens, 60, SamplerSettings(temp=0.0)))
+        timed = len(made)
+        assert timed and list(answer) == plain and len(made) == timed
+        assert session.report()["spec-lookup"]["drafted"] > 0
+    finally:
+        model.close()
 
 
 # -- the rule of the loop --

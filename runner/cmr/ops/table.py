@@ -23,7 +23,7 @@ class Ops(Protocol):
     name: str
     threads: int
     prompt_threads: int
-    replays: bool  # whether there are recording(), aside() and replay(): see ops/launcher.py and replay.py
+    replays: bool  # whether there are recording(), aside(), replay(), places() and move(): see replay.py
 
     def matrix(
         self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
