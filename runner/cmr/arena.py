@@ -87,8 +87,8 @@ class Arena:
 
 
 def arena_bytes(config: Config, rows: int) -> int:
-    """Return the bytes of an Arena for steps of up to `rows` rows, one of which wants logits."""
-    return 4 * (rows * sum(_widths(config)) + config.n_embd + config.n_vocab)
+    """Return the bytes of an Arena for steps of up to `rows` rows, AMPLE of which want logits at most."""
+    return 4 * (rows * sum(_widths(config)) + AMPLE * (config.n_embd + config.n_vocab))
 
 
 def _widths(config: Config) -> tuple[int, int, int, int, int]:
