@@ -23,12 +23,12 @@ from cmr_plugins.kv_quant import KvQuant
 STATM = Path("/proc/self/statm")
 # The most that each may cost at 128, 512 and 900 tokens: mean KL to f16 keys and values. Seen was half of it or less.
 COSTS = {
-    "bits=8": 1e-3,
-    "k=q8_0,v=q4_0": 1e-2,
-    "bits=5": 8e-3,
-    "k=q5_1,v=q5_1": 8e-3,
-    "bits=4": 3e-2,
-    "k=q4_0,v=q4_0": 3e-2,
+    "bits=8": 2e-3,
+    "k=q8_0,v=q4_0": 2e-2,
+    "bits=5": 1.5e-2,
+    "k=q5_1,v=q5_1": 1.5e-2,
+    "bits=4": 6e-2,
+    "k=q4_0,v=q4_0": 6e-2,
     "bits=4,recent=64": 4e-3,
     "bits=2": 0.1,
     "k=q2,v=q4_0,recent=64": 0.04,

@@ -31,7 +31,7 @@ class Plan:
     ema: float = 0.99
     seed: int = 0
     save_every: int = 50
-    stages: tuple = ((0.0, 256), (0.8, 512), (0.93, 1024))
+    stages: tuple = ((0.0, 256), (0.6, 512), (0.85, 1024))
     growth: tuple = ((0.0, 0.5), (0.4, 1.0))
 
     def rate(self, step):
