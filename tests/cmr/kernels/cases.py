@@ -123,17 +123,18 @@ def records(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     quantize = kernel("quantize")
     for source, target in zip(floats, out):
         quantize(source, target, wide, out.strides[1])
-    q, d, _, _ = fields_of(out)
+    q, d, *_ = fields_of(out)
     return out, (q.astype(np.float64) * np.repeat(d.astype(np.float64), 16, axis=1))[:, :columns]
 
 
-def fields_of(record: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The fields of quantized rows: q int8 [n, columns]; d, s float32 and n int32 [n, columns / 16]."""
+def fields_of(record: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The fields of quantized rows: q int8 [n, columns]; d, s float32, n int32 and p float32 [n, columns / 16]."""
     steps = np.ascontiguousarray(record).reshape(len(record), -1, product.RECORD)
     # Stored by word of a run of 16, then by run; read by run.
     stored = steps[..., : product.STEP].view(np.int8).reshape(len(record), -1, 4, 16, 4)
     fields = [stored.transpose(0, 1, 3, 2, 4)]
-    for start, kind in ((product.D, np.float32), (product.S, np.float32), (product.N, np.int32)):
+    kinds = {product.D: np.float32, product.S: np.float32, product.N: np.int32, product.P: np.float32}
+    for start, kind in kinds.items():
         fields.append(steps[..., start : start + 64].view(kind))
     return tuple(field.reshape(len(record), -1) for field in fields)
 

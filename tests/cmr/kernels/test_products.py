@@ -229,7 +229,7 @@ def test_activations_are_quantized_in_groups_of_32(columns):
     floats[:, :columns] = x
     groups = floats.reshape(9, -1, 32)
     peak = abs(groups).max(-1)
-    q, d, s, n = fields_of(record)
+    q, d, s, n, p = fields_of(record)
     d, again = d.reshape(9, -1, 2).transpose(2, 0, 1)
     np.testing.assert_array_equal(d, again)
     q = q.reshape(groups.shape).astype(np.float64)
@@ -239,6 +239,9 @@ def test_activations_are_quantized_in_groups_of_32(columns):
     sums = q.reshape(9, -1, 16).sum(-1)
     np.testing.assert_array_equal(n, -sums)
     np.testing.assert_allclose(s, sums * np.repeat(d, 2, axis=1), rtol=3e-7, atol=0)
+    zeros, pairs = p.reshape(9, -1, 2, 8).transpose(2, 0, 1, 3)
+    assert not zeros.any()
+    np.testing.assert_allclose(pairs.reshape(d.shape), sums.reshape(9, -1, 2).sum(-1) * d, rtol=3e-7, atol=0)
 
 
 def test_no_tokens_and_no_rows_are_no_work():

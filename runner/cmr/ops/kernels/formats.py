@@ -19,6 +19,8 @@ STEP = 256
 class Block:
     """256 weights: four vectors of 64 unsigned bytes, and 16 float32 scales and minima (`low`, None without).
 
+    Where minima are those of 32 weights, `upper` may have all eight in its upper half, and anything finite below.
+
     In canonical order lane j of 32 bits in vector k holds the weights 4k to 4k + 3 of the j-th run of 16, so that the
     integer sums of all four vectors add up under one scale a lane.
     """
@@ -26,6 +28,7 @@ class Block:
     bytes: list
     scale: Any
     low: Any = None
+    upper: Any = None
 
 
 @dataclass(frozen=True)
@@ -205,10 +208,10 @@ def _six_bit_scales(v, w):
 
 
 def _k_scales(v, w):
-    """The scales and minima of a Q4_K or Q5_K block."""
+    """The scales and minima of a Q4_K or Q5_K block, and the latter as they come."""
     d = v.half_to_float(v.load(w, I16, 4))
     both = v.b.fmul(v.shuffle(d, None, [0] * 8 + [1] * 8), _floats(v, _six_bit_scales(v, w)))
-    return _pairs(v, both), v.b.fneg(_pairs(v, both, 8))
+    return _pairs(v, both), v.b.fneg(_pairs(v, both, 8)), v.b.fneg(both)
 
 
 # Where the weights of a run lie in the 128 bytes of nibbles of Q4_K and Q5_K, and in the halves of other K-quants.

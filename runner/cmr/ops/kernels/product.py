@@ -3,12 +3,12 @@
 Quantized weights meet activations quantized to int8 in groups of 32; a token's record of 256 activations (zero past the
 last) is
 
-    int8 q[256] in the canonical order of formats.py | float32 d[16] | float32 s[16] | int32 n[16]
+    int8 q[256] in the canonical order of formats.py | float32 d[16] | float32 s[16] | int32 n[16] | float32 p[16]
 
-for the 16 runs of 16 activations: x = d*q, s the sums of d*q, n those of -q. The records of all tokens for the same
-columns lie side by side; x_stride leads to the next 256 columns. Float weights meet float32 activations, and x_stride
-leads to the next token. Arguments of both: w, row_bytes, x, x_stride, y, y_stride, first, last, columns, n, scratch
-(strides in bytes; y is float32; n tokens).
+for the 16 runs of 16 activations: x = d*q, s the sums of d*q, n those of -q; p is eight zeros, then the sums of d*q
+over 32. The records of all tokens for the same columns lie side by side; x_stride leads to the next 256 columns. Float
+weights meet float32 activations, and x_stride leads to the next token. Arguments of both: w, row_bytes, x, x_stride, y,
+y_stride, first, last, columns, n, scratch (strides in bytes; y is float32; n tokens).
 """
 
 from .emit import TARGET, emitter
@@ -19,8 +19,8 @@ AHEAD = 8192  # bytes of weights asked for in advance, to wait in the second cac
 TOGETHER = 16  # rows whose lanes are added up in one go
 LANES = TOGETHER * 64  # bytes of their sums
 PAIRED = 4  # tokens at a time from which two rows share what is read of them, if there are registers
-RECORD = 448  # bytes of 256 activations
-D, S, N = 256, 320, 384  # where their scales and sums lie
+RECORD = 512  # bytes of 256 activations
+D, S, N, P = 256, 320, 384, 448  # where their scales and sums lie
 COUNTS = (1, 2, 4, 8) if TARGET.wide else (1, 2, 4)  # tokens that a gemv may take at a time
 
 
@@ -35,9 +35,9 @@ def _add_block(v, layout, accs, weights, records):
     for token, record in enumerate(records):
         if layout.shift is None:
             start = fill(I32, 16, 0)
-            sums = v.load(v.add(record, S), F32, 16)
             for sides, block in zip(accs, blocks):
-                v.set(sides[token], v.fma(block.low, sums, v.get(sides[token])))
+                low, at = (block.low, S) if block.upper is None else (block.upper, P)
+                v.set(sides[token], v.fma(low, v.load(v.add(record, at), F32, 16), v.get(sides[token])))
         else:
             start = v.b.shl(v.load(v.add(record, N), I32, 16), fill(I32, 16, layout.shift))
         totals = [start] * len(blocks)

@@ -4,7 +4,7 @@ import math
 
 from .emit import emitter
 from .formats import STEP
-from .product import D, N, S
+from .product import D, N, P, S
 from .vector import F32, I8, I32, fill, vec
 
 NORM_KINDS = {"none": 0, "rms": 1, "layer": 2}
@@ -108,6 +108,7 @@ def quantize(v, args):
         there = v.add(record, v.mul(v.b.lshr(at, v.i(8)), stride))
         inner = v.b.and_(at, v.i(STEP - 1))
         bytes_ = v.b.trunc(whole, vec(I8, 32))
+        totals = []
         for half in (0, 1):
             run = v.add(v.b.lshr(inner, v.i(4)), half)
             first = v.add(there, v.mul(run, 4))
@@ -118,6 +119,10 @@ def quantize(v, args):
             v.store(v.add(first, D), d, 4)
             v.store(v.add(first, S), v.b.fmul(d, v.b.sitofp(total, F32)), 4)
             v.store(v.add(first, N), v.b.neg(total), 4)
+            totals.append(total)
+        pair = v.add(there, P, v.b.lshr(inner, v.i(3)))
+        v.store(pair, F32(0.0), 4)
+        v.store(v.add(pair, 32), v.b.fmul(d, v.b.sitofp(v.b.add(*totals), F32)), 4)
 
 
 @emitter("finish")
