@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 import cmr
-from cmr.eval import divergence_at_depth
-from cmr.eval.following import Following
+from cmr.eval import Following, divergence_at_depth, log_softmax
 
 PLAIN, NOTHING = "plain", "nothing before"
 FAR = "far"  # the table of perplexities, beyond the trained length too, where divergence from plain says nothing
@@ -219,8 +218,7 @@ def perplexities(
 def losses(session: Any, tokens: Sequence[int], depth: int) -> list[float]:
     """The negative log-likelihoods of the tokens behind a prompt of `depth`, as if generated."""
     with closing(Following(session, tokens, depth)) as text:
-        rows = ((text.next_row().astype(np.float64), token) for token in tokens[depth:])
-        return [float(np.logaddexp.reduce(row) - row[token]) for row, token in rows]
+        return [-float(log_softmax(text.next_row())[token]) for token in tokens[depth:]]
 
 
 def main() -> None:

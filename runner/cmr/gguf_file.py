@@ -42,10 +42,8 @@ class MappedFile:
 
         Nothing happens where the system does not know the advice, in a copy, or once closed.
         """
-        code = getattr(mmap, advice, None)
-        if code is not None and self.map is not None and not self.copied:
-            with suppress(OSError):
-                self.map.madvise(code, start, self.nbytes - start if nbytes is None else nbytes)
+        if self.map is not None and not self.copied:
+            _advise(self.map, advice, start, self.nbytes - start if nbytes is None else nbytes)
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """Return a read-only uint8 [nbytes] view of the map at `offset`; raises FileError once closed."""
@@ -165,8 +163,6 @@ def open_gguf(path: str | os.PathLike[str], mapped: bool = True) -> GGUFFile:
 def _open_part(path: Path, mapped: bool, opened: list[MappedFile]) -> _Part:
     file = MappedFile(path, _bytes(path, mapped), copied=not mapped)
     opened.append(file)
-    # In pages of 2 MiB bytes come faster and cost fewer look-ups; what the system has in small ones stays so.
-    file.advise("MADV_HUGEPAGE")
     assert file.map is not None
     return _Part(file, read_header(file.map, file.nbytes, str(path)))
 
@@ -182,7 +178,12 @@ def _bytes(path: Path, mapped: bool) -> mmap.mmap:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise FileError(f"{path} is empty; give the path of a GGUF file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else _copy(file, size)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else mmap.mmap(-1, size)
+            # In pages of 2 MiB bytes come faster and cost fewer look-ups; what the system has in small ones stays so.
+            _advise(memory, "MADV_HUGEPAGE", 0, size)
+            if not mapped:
+                _fill(memory, file)
+            return memory
     except FileNotFoundError:
         raise FileError(f"{path} does not exist; give the path of a GGUF file") from None
     except (OSError, ValueError) as error:
@@ -190,19 +191,22 @@ def _bytes(path: Path, mapped: bool) -> mmap.mmap:
         raise FileError(f"{path} cannot be read: {reason}") from None
 
 
-def _copy(file: io.FileIO, size: int) -> mmap.mmap:
-    """Read the file into memory of this process, in large pages where there are some."""
-    memory = mmap.mmap(-1, size)
-    if advice := getattr(mmap, "MADV_HUGEPAGE", None):
-        with suppress(OSError):
-            memory.madvise(advice)
+def _fill(memory: mmap.mmap, file: io.FileIO) -> None:
+    """Read the file into memory of its size."""
     with memoryview(memory) as view:
         done = 0
-        while done < size:
+        while done < len(view):
             if not (got := file.readinto(view[done : done + COPIED])):
                 raise OSError(errno.EIO, "it became shorter while it was read")
             done += got
-    return memory
+
+
+def _advise(memory: mmap.mmap, advice: str, start: int, nbytes: int) -> None:
+    """Give advice on a part of a map, where the system knows it."""
+    code = getattr(mmap, advice, None)
+    if code is not None:
+        with suppress(OSError):
+            memory.madvise(code, start, nbytes)
 
 
 def _split_count(header: Header) -> int:
