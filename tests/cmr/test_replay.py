@@ -65,6 +65,9 @@ def recordings(model, monkeypatch):
     return count
 
 
+# -- the same bits, whosever the caches are --
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name in RECIPES])
 def test_replayed_steps_give_the_same_bits(models, name, monkeypatch):
     pair = models(RECIPES[name])
@@ -258,6 +261,9 @@ def test_sequences_and_prompts_may_take_turns(models):
     assert np.array_equal(*rows)
 
 
+# -- hooks, weights and attention that are called --
+
+
 def with_parts(model, **parts):
     """The plain plan with some of it replaced."""
     plan = plain_plan(model)
@@ -373,6 +379,9 @@ def test_attention_that_is_no_rule_is_called(models, monkeypatch):
         rows.append(decode(model, with_parts(model, attend=attend), seq, 0, 130))
     assert np.array_equal(*rows)
     assert count[0] > 2 * 110
+
+
+# -- what is kept, and what is refused --
 
 
 def test_several_shapes_stay_recorded(models, monkeypatch):
