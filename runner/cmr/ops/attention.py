@@ -15,7 +15,7 @@ from cmr.ops.kernels.attend import SEGMENT
 from cmr.ops.kernels.stored import span
 from cmr.ops.kernels.writing import WRITERS
 from cmr.ops.launcher import SMALL_WORK, Launcher, address_of, float_bits
-from cmr.ops.pack import GROUPED
+from cmr.ops.pack import GROUPED, PACKED
 from cmr.ops.program import Program
 from cmr.ops.records import Segment
 
@@ -157,7 +157,8 @@ class AttentionOps(Launcher):
         tokens = prompts.tokens(group)
         fields = [*call.fields(), *scratch, tokens, *multiply, self.kernel("scale_row"), *notes]
         for segment in call.segments:
-            kernels = (_reader("load_tile", segment.k_type, "1"), f"load_tile:{segment.v_type}:0")
+            keys = "load_groups" if segment.k_type in GROUPED else f"load_tile:{segment.k_type}:1"
+            kernels = (keys, f"load_tile:{segment.v_type}:0")
             fields += self._segment(call, segment, kernels)
         self._run("attend_prompt", call.work, tuple(fields), True, 1)
 
@@ -178,7 +179,7 @@ class AttentionOps(Launcher):
         fields = [*call.fields(), *scratch, tile, partials, *call.note_fields(room)]
         for segment in call.segments:
             blocks = value_blocks(dim_v, span(segment.v_type))
-            kernels = (_reader("scores", segment.k_type, str(tile)), f"mix:{tile}:{blocks}:{segment.v_type}")
+            kernels = (_reader("scores", segment.k_type, tile), _reader("mix", segment.v_type, tile, blocks))
             fields += self._segment(call, segment, kernels)
         start = self._run("attend_decode", call.work, tuple(fields), False, 1)
         if self._program is not None:
@@ -257,11 +258,11 @@ def places_of(segment: Segment) -> tuple[int, ...]:
     return (*k_place, *v_place, address_of(segment.pos))
 
 
-def _reader(name: str, type: str, parameter: str) -> str:
-    """The key of the kernel that reads keys of a type."""
+def _reader(name: str, type: str, *parameters: int) -> str:
+    """The key of the kernel that reads keys ("scores") or values ("mix") of a type for generated rows."""
     if type in GROUPED:
-        return "load_groups" if name == "load_tile" else f"scores_of_groups:{parameter}"
-    return f"{name}:{type}:{parameter}" if name == "load_tile" else f"{name}:{parameter}:{type}"
+        return ":".join(map(str, (f"{name}_of_groups", *parameters)))
+    return ":".join(map(str, (f"{name}_of_blocks" if type in PACKED else name, *parameters, type)))
 
 
 def value_blocks(dim_v: int, span: int = 16) -> int:

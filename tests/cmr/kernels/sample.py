@@ -19,7 +19,7 @@ from cmr.model import open_model
 from cmr.ops.cpu import CpuOps
 from cmr.ops.kernels.emit import TARGET
 from cmr.ops.kernels.rows import ACTIVATIONS
-from cmr.ops.pack import PACKED
+from cmr.ops.pack import GROUPED, PACKED
 from cmr.ops.records import Segment
 from cmr.quants import FORMATS
 
@@ -105,8 +105,10 @@ def attention(ops, folder, few):
 def packed(ops, folder, few):
     """Quantized keys and values, rotated, and keys with scales for each channel."""
     x, q = floats(96, 2, 64), floats(70, 4, 64)
-    for k_type, v_type, row in [("IQ4_NL", "Q5_1", 36), ("Q4_0", "Q8_0", 36), ("Q2C", "Q2", 24)]:
-        k, v = np.zeros((2, 96, row), np.uint8), np.zeros((2, 96, 2 * PACKED[v_type]), np.uint8)
+    sizes = PACKED | GROUPED
+    pairs = ("IQ4_NL", "Q5_1"), ("Q4_0", "Q8_0"), ("Q8_0", "Q4_0"), ("Q5_1", "IQ4_NL"), ("Q2C", "Q2")
+    for k_type, v_type in pairs:
+        k, v = (np.zeros((2, 96, 2 * sizes[type]), np.uint8) for type in (k_type, v_type))
         segment = Segment(k, v, np.zeros(96, np.int32), 0, k_type, v_type, turned_k=True, turned_v=True)
         ops.kv_store(segment, x, x, np.arange(96, dtype=np.int32))
         segment.used = 96

@@ -9,8 +9,9 @@ sees.
 
 from ..records import PIECE
 from .emit import TARGET, emitter
+from .product import AHEAD
 from .rows import tanh
-from .stored import span, unpack
+from .stored import FLOATS, span, unpack
 from .vector import F32, I32, I64, const, fill
 
 TILE = 64
@@ -20,26 +21,27 @@ NEVER = float("-inf")
 
 @emitter("scores")
 def scores(v, args, heads, type):
-    """q.k for `heads` queries and all slots of a piece.
+    """q.k for `heads` queries and all slots of a piece, of keys in floats.
 
     Arguments: queries (addresses, int64 x heads), k (first slot), row bytes, count, dim, out (float32 [heads][512]).
     """
     queries, k, row_bytes, count, dim, out = args[:6]
-    heads = int(heads)
+    heads, size = int(heads), FLOATS[type]
     slots = 16 // heads
     qs = [v.load(v.add(queries, 8 * h), I64) for h in range(heads)]
     last = v.sub(count, 1)
     with v.loop(0, count, slots) as slot:
         rows = [v.add(k, v.mul(v.smin(v.add(slot, s), last), row_bytes)) for s in range(slots)]
         accs = [v.variable(fill(F32, 16, 0.0)) for _ in range(16)]
-        with v.loop(0, dim, span(type)) as d:
-            keys = [unpack(v, type, row, d) for row in rows]
-            for i in range(span(type) // 16):
-                parts = [v.load(v.add(q, v.mul(d, 4), 64 * i), F32, 16) for q in qs]
-                for h in range(heads):
-                    for s in range(slots):
-                        slot_acc = accs[h * slots + s]
-                        v.set(slot_acc, v.fma(parts[h], keys[s][i], v.get(slot_acc)))
+        with v.loop(0, dim, 16) as d:
+            for line in range(0, 16 * size * slots, 64):
+                v.prefetch(v.add(rows[0], v.mul(d, size * slots), AHEAD + line))
+            keys = [unpack(v, type, row, d)[0] for row in rows]
+            parts = [v.load(v.add(q, v.mul(d, 4)), F32, 16) for q in qs]
+            for h in range(heads):
+                for s in range(slots):
+                    slot_acc = accs[h * slots + s]
+                    v.set(slot_acc, v.fma(parts[h], keys[s], v.get(slot_acc)))
         sums = v.sum_each([v.get(acc) for acc in accs])
         for h in range(heads):
             part = sums if heads == 1 else v.part(sums, h * slots, slots)
@@ -147,12 +149,12 @@ def _positions(v, positions, at, count, lanes):
 
 @emitter("mix")
 def mix(v, args, heads, blocks, type, more="0"):
-    """Weighted sums of value rows: out[h] = sum of p[h][slot] * value[slot], or += with `more`.
+    """Weighted sums of value rows in floats: out[h] = sum of p[h][slot] * value[slot], or += with `more`.
 
     Arguments: p (float32 [heads][512]), values (first slot), row bytes, count, dim, out, out stride (bytes).
     """
     p, values, row_bytes, count, dim, out, out_stride = args[:7]
-    heads, blocks = int(heads), int(blocks)
+    heads, blocks, size = int(heads), int(blocks), FLOATS[type]
     width = 16 * blocks
     with v.loop(0, dim, width) as d:
         tops = [v.add(out, v.mul(out_stride, h), v.mul(d, 4)) for h in range(heads)]
@@ -161,8 +163,9 @@ def mix(v, args, heads, blocks, type, more="0"):
         accs = [[v.variable(v.load(a, F32, 16) if more == "1" else zero) for a in row] for row in there]
         with v.loop(0, count) as slot:
             row = v.add(values, v.mul(slot, row_bytes))
-            starts = [v.add(d, at) for at in range(0, width, span(type))]
-            parts = [part for start in starts for part in unpack(v, type, row, start)]
+            for line in range(0, size * width, 64):
+                v.prefetch(v.add(row, v.mul(d, size), AHEAD + line))
+            parts = [unpack(v, type, row, v.add(d, at))[0] for at in range(0, width, 16)]
             for h in range(heads):
                 weight = v.splat(v.load(v.add(p, h * PIECE * 4, v.mul(slot, 4)), F32), 16)
                 for k in range(blocks):
@@ -214,7 +217,7 @@ def load_tile(v, args, type, turned):
             for k in range(span(type) // 16):
                 d, part = v.add(start, 16 * k), [load[k] for load in loads]
                 if turned == "1":
-                    for j, column in enumerate(v.transpose16(part)):
+                    for j, column in enumerate(v.transpose(part)):
                         v.store(v.add(target, v.mul(v.add(d, j), 4 * TILE), v.mul(slot, 4)), column)
                 else:
                     for i, row in enumerate(part):

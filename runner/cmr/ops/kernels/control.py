@@ -116,6 +116,12 @@ class Control:
         slot.align = 64
         return self.b.ptrtoint(slot, I64)
 
+    def room(self, size):
+        """The address of size bytes on the stack, a number known at run time; not within loops, which pile it up."""
+        slot = self.b.alloca(I8, size)
+        slot.align = 64
+        return self.b.ptrtoint(slot, I64)
+
     # -- memory
 
     def load(self, address, element, count=1, align=1):

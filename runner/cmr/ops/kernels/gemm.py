@@ -137,12 +137,12 @@ def panel(v, args, sub, lows):
     with v.loop(0, 4) as k:
         loads = [v.load(v.add(rows, STEP * i, v.mul(k, 64)), I32, 16) for i in range(16)]
         there = v.add(target, v.mul(k, 64))
-        for run, column in enumerate(v.transpose16(loads)):
+        for run, column in enumerate(v.transpose(loads)):
             v.store(v.add(there, run // each * size + run % each * 256), column)
     scales = v.add(rows, 16 * STEP)
     for which in range(1 + int(lows)):
         loads = [v.load(v.add(scales, 128 * i + 64 * which), F32, 16) for i in range(16)]
-        for run, column in enumerate(v.transpose16(loads)):
+        for run, column in enumerate(v.transpose(loads)):
             if run % each == 0:
                 v.store(v.add(target, run // each * size + 16 * sub + 64 * which), column)
 
@@ -270,7 +270,7 @@ def float_panel(v, args):
     rows, target = args[:2]
     with v.loop(0, 4) as j:
         loads = [v.load(v.add(rows, STEP * i, v.mul(j, 64)), F32, 16) for i in range(16)]
-        for k, column in enumerate(v.transpose16(loads)):
+        for k, column in enumerate(v.transpose(loads)):
             v.store(v.add(target, v.mul(j, 1024), 64 * k), column)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import noting
+from . import noting, packed  # noqa: F401  (packed registers its emitters)
 from .attend import FRESH, SEGMENT, SHARED, Slots, View
 from .attention import PIECE
 from .emit import emitter, write

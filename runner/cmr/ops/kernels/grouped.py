@@ -11,7 +11,6 @@ from .stored import two_bits
 from .vector import F32, I32, I64, fill, vec
 
 GROUP = 32
-MOST = 512  # channels that scratch is made for
 STORE_GROUPS = (
     *("target", "target_stride", "row", "first", "source", "source_stride", "source_head_stride"),
     *("n", "heads", "dim", "pack"),
@@ -69,7 +68,7 @@ def scores_of_groups(v, args, heads):
     queries, k, row_bytes, count, dim, out = args[:6]
     heads = int(heads)
     qs = [v.load(v.add(queries, 8 * h), I64) for h in range(heads)]
-    scaled = [v.scratch(4 * MOST) for _ in range(heads)]
+    scaled = [v.room(v.mul(dim, 4)) for _ in range(heads)]
     with v.loop(0, count, GROUP) as slot:
         group = v.add(k, v.mul(slot, row_bytes))
         lows = [v.variable(fill(F32, 16, 0.0)) for _ in range(heads)]

@@ -66,17 +66,18 @@ class Lanes(Control):
             vectors = [self.b.fadd(self.shuffle(a, b, own), self.shuffle(a, b, other)) for a, b in pairs]
         return vectors[0]
 
-    def transpose16(self, rows):
-        """Transpose 16 vectors of 16 32-bit lanes."""
+    def transpose(self, rows):
+        """Transpose each n by n lanes of n vectors of 16 32-bit lanes; n is 4, 8 or 16."""
+        count = len(rows)
 
         def stage(pairs, low, high):
-            out = [None] * 16
+            out = [None] * count
             for a, b in pairs:
                 out[a], out[b] = self.shuffle(rows[a], rows[b], low), self.shuffle(rows[a], rows[b], high)
             return out
 
-        for distance in (1, 2, 4, 8):
-            pairs = [(i, i + distance) for i in range(16) if not i & distance]
+        for distance in (d for d in (1, 2, 4, 8) if d < count):
+            pairs = [(i, i + distance) for i in range(count) if not i & distance]
             low = [j if not j & distance else 16 + j - distance for j in range(16)]
             high = [j + distance if not j & distance else 16 + j for j in range(16)]
             rows = stage(pairs, low, high)

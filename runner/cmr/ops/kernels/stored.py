@@ -16,7 +16,8 @@ BLOCK = 32
 BLOCKS = {"Q8_0": (34, 2), "Q5_1": (24, 8), "Q5_0": (22, 6), "Q4_1": (20, 4), "Q4_0": (18, 2)}
 BLOCKS |= {"IQ4_NL": (18, 2), "Q2": (12, 4)}
 WITH_MINIMUM = ("Q5_1", "Q4_1", "Q2")
-OFFSETS = {"Q5_0": 16, "Q4_0": 8}
+# Unsigned bytes of a block that stand for 0.
+ZERO = dict.fromkeys(BLOCKS, 0) | {"Q8_0": 128, "IQ4_NL": 128, "Q5_0": 16, "Q4_0": 8}
 
 
 def span(type):
@@ -30,19 +31,18 @@ def unpack(v, type, row, at):
         return [v.load_half(v.add(row, v.mul(at, 2)), 16)]
     if type == "F32":
         return [v.load(v.add(row, v.mul(at, 4)), F32, 16)]
-    size, start = BLOCKS[type]
-    block = v.add(row, v.mul(v.b.lshr(v.i(at), v.i(5)), size))
+    block = v.add(row, v.mul(v.b.lshr(v.i(at), v.i(5)), BLOCKS[type][0]))
     scale = v.splat(v.half(block), 16)
-    values = [v.b.fmul(scale, x) for x in _whole(v, type, block, v.add(block, start))]
+    values = [v.b.fmul(scale, x) for x in whole(v, type, block)]
     if type in WITH_MINIMUM:
         low = v.splat(v.half(v.add(block, 2)), 16)
         values = [v.b.fadd(x, low) for x in values]
     return values
 
 
-def _whole(v, type, block, data):
+def whole(v, type, block):
     """The whole numbers of a block as two vectors of 16 float32."""
-    wide = vec(I32, 16)
+    wide, data = vec(I32, 16), v.add(block, BLOCKS[type][1])
     if type == "Q8_0":
         return [v.to_float(v.b.sext(v.load(v.add(data, at), I8, 16), wide)) for at in (0, 16)]
     if type == "Q2":
@@ -58,8 +58,8 @@ def _whole(v, type, block, data):
     if type in ("Q5_0", "Q5_1"):
         bits = v.load(v.add(block, 2 if type == "Q5_0" else 4), I32)
         low, high = (_with_fifth(v, x, bits, at) for x, at in ((low, 0), (high, 16)))
-    offset = OFFSETS.get(type, 0)
-    return [v.to_float(v.b.sub(x, fill(I32, 16, offset)) if offset else x) for x in (low, high)]
+    zero = ZERO[type]
+    return [v.to_float(v.b.sub(x, fill(I32, 16, zero)) if zero else x) for x in (low, high)]
 
 
 def two_bits(v, data):
