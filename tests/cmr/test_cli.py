@@ -9,6 +9,8 @@ import pytest
 from tests.cli_runs import ENV, ROOT, bundled, run, start
 from tests.ggufs import write_gguf
 
+from cmr.cli.escapes import unescaped
+
 STORY = ("-p", "Once upon a time", "--temp", "0", "-n", "24")
 
 
@@ -90,6 +92,32 @@ def test_a_reverse_prompt_ends_the_text_and_is_not_shown(model, story):
     assert "end: reverse prompt" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"a\nb\tc\r", "a\nb\tc\r"),
+        (r"\\n \"x\" \'y\'", "\\n \"x\" 'y'"),
+        (r"caf\xc3\xa9 \x41", "café A"),
+        (r"\q \x4 C:\dir \\", "\\q \\x4 C:\\dir \\"),
+        ("naïve\nas it is", "naïve\nas it is"),
+    ],
+)
+def test_escapes_are_read_as_llama_cpp_reads_them(typed, meant):
+    assert unescaped(typed) == meant
+
+
+def test_prompts_systems_and_reverse_prompts_are_escaped_unless_forbidden(model):
+    flags = ("-n", "3", "--temp", "0", "--json")
+    tokens = lambda *typed: json.loads(run(model, *flags, *typed).stdout)["prompt_tokens"]  # noqa: E731
+    escaped, plain = tokens("-p", r"Tom\nsaid"), tokens("-p", r"Tom\nsaid", "--no-escape")
+    assert escaped == tokens("-p", "Tom\nsaid") != plain == tokens("-p", r"Tom\\nsaid")
+    told = tokens("-p", "Hi", "-sys", r"Be\nkind", "-st")
+    assert told == tokens("-p", "Hi", "-sys", "Be\nkind", "-st")
+    story = json.loads(run(model, *STORY, "--json").stdout)["text"]
+    stopped = json.loads(run(model, *STORY, "--json", "-r", rf"\x{ord(story[5]):02x}").stdout)
+    assert stopped["text"] == story[: story.index(story[5])]
+
+
 def test_a_logit_bias_forbids_a_token(model, story):
     first = json.loads(run(model, *STORY, "--json").stdout)["tokens"][0]
     biased = json.loads(run(model, *STORY, "--json", "-l", f"{first}-inf").stdout)["tokens"]
@@ -110,6 +138,7 @@ def test_verbose_prompt_shows_tokens_on_stderr(model, story):
 
 
 MISTAKES = {
+    "bytes": (r"MODEL -p '\xff'", "are not UTF-8; --no-escape"),
     "no such file": ("nowhere.gguf -p x", "nowhere.gguf does not exist"),
     "not a model": ("README.md -p x", "is not a GGUF file: it begins with b'# CM'"),
     "no model": ("-p x", "a model is needed"),

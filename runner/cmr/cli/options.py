@@ -184,6 +184,8 @@ def prompt_options(parser: argparse.ArgumentParser) -> None:
         help="the text to continue, special tokens included, or a chat's first message",
     )
     add("-f", "--file", metavar="FILE", help="read the prompt from a file; piped input works too")
+    add("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
+        help=r"read \n, \t, \xHH and their like in -p, -sys and -r; the default")  # fmt: skip
     add("-n", "--predict", "--n-predict", type=whole(-1), metavar="N",
         help="tokens to write at most; -1, the default: until it ends or the context is full")  # fmt: skip
     add("-b", "--batch-size", type=whole(1), metavar="N", help="prompt tokens in one step, at most")

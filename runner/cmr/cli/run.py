@@ -10,6 +10,7 @@ from typing import Any
 
 from cmr.cli import options
 from cmr.cli.answering import Writer, answer
+from cmr.cli.escapes import unescape
 from cmr.cli.guard import INTERRUPTED, guarded
 from cmr.cli.interrupts import Interrupts
 from cmr.cli.loading import attach, load
@@ -51,6 +52,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Read the flags, open the model, and continue, chat or explain."""
     args = parser().parse(argv)
     options.refuse_unmet(args)
+    unescape(args)
     wanted = request_words(args)
     prompt = read_prompt(args)
     model = load(args)
