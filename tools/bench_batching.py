@@ -1,6 +1,6 @@
 """Measure what `batching` gains: eight greedy requests together against one after the other, texts compared.
 
-python tools/bench_batching.py model.gguf [--width 8] [--prompt 32] [--tokens 32] [--rounds 3] [--threads 2]
+python tools/bench_batching.py model.gguf [--width 8] [--prompt 32] [--tokens 128] [--rounds 3] [--threads 2]
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
