@@ -7,26 +7,14 @@ that many characters, or one whole story for 0; `room` is the number of tokens l
 
 import json
 
-words = str.split
-NAMES = words(
-    "Tom Lily Ben Mia Sam Anna Max Sue Tim Lucy Jack Amy Bob Ella Leo Sara John Jane Fin Rose Mark Nina Dan "
-    "Kate"
-)
-THINGS = words(
-    "ball box cat dog tree car hat book cup bird fish bear star flower cake apple boat door bed kite frog "
-    "duck shoe bell rock leaf doll drum train pig cow sun moon egg key ring coat chair lamp spoon horse "
-    "mouse sock bag toy"
-)
-COLORS = words("red blue green yellow pink black white brown orange purple gray gold")
-ADJECTIVES = words("big small old new happy sad soft loud shiny pretty tall fast slow funny")
-WORDS = THINGS + COLORS + ADJECTIVES
+from cmr.eval.forms import ADJECTIVES, COLORS, NAMES, THINGS, WORDS, secret
 
 
 def recall(rng, filler, room):
     """State facts, then ask for all of them, up to four times, with stories between."""
     n = rng.choice((1, 1, 2, 3, 4, 6, 8))
     owners = rng.sample(NAMES + [f"the {t}" for t in THINGS], n)
-    facts = [(o, value(rng)) for o in owners]
+    facts = [(o, secret(rng)) for o in owners]
     doc = [(piece, w) for o, v in facts for piece, w in ((f"The secret of {o} is", 0.0), (f" {v}.\n", 0.0))]
     rounds = rng.randint(1, max(1, min(4, room // (20 * n) - 1)))
     chars = int(rng.choice((0, 0.1, 0.3, 1.0)) * max(0, room - 20 * n * (rounds + 1)) * 3.5 / rounds)
@@ -38,13 +26,6 @@ def recall(rng, filler, room):
         for o, v in facts:
             doc += [(f"The secret of {o} is", 0.0), (f" {v}.\n", 3.0)]
     return doc
-
-
-def value(rng):
-    """Return a secret: a number of four digits or two words."""
-    if rng.random() < 0.5:
-        return "".join(rng.choice("0123456789") for _ in range(4))
-    return f"{rng.choice(COLORS)} {rng.choice(THINGS)}"
 
 
 def copying(rng, filler, room):
