@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from tests.cmr.kernels.cases import aligned
 
-from cmr.ops.kernels.emit import call_kernel, compile_kernel, emitter, write
+from cmr.ops.kernels.emit import TARGET, call_kernel, compile_kernel, emitter, write
 from cmr.ops.kernels.pool import Pool
 from cmr.ops.kernels.threads import COUNTERS, ENTRY, LINE, _at, draw
 from cmr.ops.kernels.vector import I64
 from cmr.ops.program import Stretch
 
 ROOT = Path(__file__).parents[3]
+needs_clock = pytest.mark.skipif(not TARGET.x86, reason="the processor's clock is read on x86 only")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 
 
@@ -57,6 +58,23 @@ def check_spin(v, args):
         call_kernel(v, args[1])
 
 
+@emitter("check_late")
+def check_late(v, args):
+    """Count in the word of its team; all but thread 0 call the function at the address in the argument's first word."""
+    _, argument, me, team = args[:4]
+    with v.b.if_else(v.compare(me, "==", 0)) as (first, others):
+        with first:
+            place = v.add(argument, v.mul(team, 8))
+            v.store(place, v.add(v.load(place, I64), 1), 8)
+        with others:
+            call_kernel(v, v.load(argument, I64))
+
+
+@emitter("check_nothing")
+def check_nothing(v, args):
+    """Do nothing."""
+
+
 @pytest.fixture(scope="module")
 def team_kernel():
     return compile_kernel("check_team")
@@ -67,8 +85,8 @@ def made():
     """Make pools that are closed when the test ends."""
     pools = []
 
-    def make(threads):
-        pools.append(Pool(threads))
+    def make(threads, patient=True):
+        pools.append(Pool(threads, patient))
         return pools[-1]
 
     yield make
@@ -182,7 +200,7 @@ def test_every_ticket_is_drawn_once(made, threads):
 def test_close_twice_and_start_again(team_kernel):
     before = threading.active_count()
     for threads in (1, 2, 4):
-        pool = Pool(threads)
+        pool = Pool(threads, patient=True)
         pool.close()
         rolls(pool, team_kernel, [threads] * 20)
         pool.close()
@@ -233,14 +251,14 @@ def run_python(code, timeout=300):
 
 
 def test_a_program_ends_without_closing():
-    assert run_python("pool = Pool(3)\nrolls(pool, kernel, [3] * 5)\nprint('done')") == "done\n"
-    code = "pool = Pool(3)\nrolls(pool, kernel, [3] * 5)\ntime.sleep(0.1)\nprint('done')"
+    assert run_python("pool = Pool(3, patient=True)\nrolls(pool, kernel, [3] * 5)\nprint('done')") == "done\n"
+    code = "pool = Pool(3, patient=True)\nrolls(pool, kernel, [3] * 5)\ntime.sleep(0.1)\nprint('done')"
     assert run_python(code) == "done\n"
 
 
 STARVED = """
 # One worker sleeps, then gets no processor, while another that the job does not need wakes and sleeps.
-me, pool = os.sched_getaffinity(0), Pool(3)
+me, pool = os.sched_getaffinity(0), Pool(3, patient=True)
 rolls(pool, kernel, [3])
 needed, other = (thread.native_id for thread in pool._workers)
 cores = sorted(me)
@@ -277,7 +295,7 @@ class Stop(Exception):
 def stop(*_):
     raise Stop
 
-pool, stopped = Pool(3), 0
+pool, stopped = Pool(3, patient=True), 0
 lines = aligned((4, 8), np.int64)
 signal.signal(signal.SIGALRM, stop)
 end = time.time() + 3
@@ -306,7 +324,7 @@ def test_an_exception_from_a_signal_leaves_the_pool_whole():
 
 
 FORKED = """
-pool = Pool(3)
+pool = Pool(3, patient=True)
 rolls(pool, kernel, [3] * 20)
 child = os.fork()
 if child == 0:
@@ -332,6 +350,38 @@ def test_threads_sleep_while_one_works_alone(made):
     pool.run(kernel.address, _busy(0.2), 1)
     spent, passed = time.process_time() - begun[0], time.perf_counter() - begun[1]
     assert spent < 1.3 * passed + 0.05
+
+
+@needs_clock
+def test_a_thread_is_left_out_for_a_while_after_a_late_job(made):
+    """For twice as long as the wait and, if the next try is late again, for four times; then it takes part again."""
+    pool, counts, kernel = made(2, patient=False), np.zeros(3, np.int64), compile_kernel("check_late")
+
+    def team(late):
+        counts[:] = (_busy(0.1) if late else compile_kernel("check_nothing").address), 0, 0
+        pool.run(kernel.address, counts.ctypes.data, 2)
+        return int(np.argmax(counts[1:])) + 1
+
+    def tries(late):
+        """Seconds until both threads take part."""
+        begun = time.perf_counter()
+        while team(late) == 1 and time.perf_counter() - begun < 20:
+            time.sleep(0.002)
+        return time.perf_counter() - begun
+
+    tries(True)
+    first, second = tries(True), tries(True)
+    assert 0.2 < first < second < 20
+    assert tries(False) < 20
+
+
+@needs_clock
+def test_a_patient_pool_leaves_nobody_out(made):
+    pool, counts = made(2), np.zeros(3, np.int64)
+    counts[0] = _busy(0.02)
+    for _ in range(4):
+        pool.run(compile_kernel("check_late").address, counts.ctypes.data, 2)
+    assert counts[1:].tolist() == [0, 4]
 
 
 _BUSY = []

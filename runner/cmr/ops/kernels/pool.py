@@ -17,8 +17,9 @@ import numpy as np
 
 from cmr.ops.program import Stretch
 
+from .crowd import PATIENT
 from .emit import compile_kernel
-from .threads import ARGUMENT, ASLEEP, CALLED, DONE, JOB, KERNEL, LINE, TEAMS, WORKERS
+from .threads import ARGUMENT, ASLEEP, CALLED, CROWD, DONE, JOB, KERNEL, LINE, TEAMS, WORKERS
 
 
 @cache
@@ -31,11 +32,12 @@ def _function(key: str, arguments: int) -> Any:
 class Pool:
     """Threads that run kernels with arguments (control, argument, thread, team); one launch at a time.
 
-    Threads start with the first launch that needs them. A forked child starts its own.
+    Threads start with the first launch that needs them. A forked child starts its own. Where processors are shared, a
+    job may run on fewer threads than its team (see crowd.py), unless the pool is `patient`.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, patient: bool = False) -> None:
+        self.threads, self._patient = threads, patient
         self._work, self._run = _function("work", 3), _function("run", 6)
         self._run_program = _function("run_program", 1)
         self._memory = np.zeros(WORKERS + 8 * threads + LINE, np.uint8)
@@ -49,6 +51,7 @@ class Pool:
     def _start(self) -> None:
         self._words[:] = 0
         self._words[WORKERS // 8 + 1 :] = ASLEEP
+        self._words[(CROWD + PATIENT) // 8] = self._patient
         gates = [threading.Lock() for _ in range(1, self.threads)]
         workers = []
         for me, gate in enumerate(gates, 1):

@@ -2,8 +2,8 @@
 
 Their control block is a few 64-byte lines of int64: arrivals and generation of the barrier, the job (its number and the
 threads that take part in one word, so that nobody reads half a job; kernel address; argument), the last job that is
-done, counters that kernels draw work from, and a word for each worker that says whether it sleeps. Workers spin for a
-short while after a job, then go back to the pool that started them, to sleep.
+done, what crowd.py keeps, counters that kernels draw work from, and a word for each worker that says whether it sleeps.
+Workers spin for a short while after a job, then go back to the pool that started them, to sleep.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import sys
 
 from llvmlite import ir
 
+from . import crowd
 from .emit import TARGET, call_kernel, emitter, write
 from .vector import I32, I64
 
 LINE = 64
-ARRIVED, TURN, JOB, KERNEL, ARGUMENT, DONE, COUNTERS = (LINE * k for k in range(7))
+ARRIVED, TURN, JOB, KERNEL, ARGUMENT, DONE, CROWD, COUNTERS = (LINE * k for k in range(8))
 TEAMS = 1024  # a job's word is number * TEAMS + team
 MAX_COUNTERS = 16
 WORKERS = COUNTERS + LINE * MAX_COUNTERS  # a word for each thread, one of:
@@ -65,10 +66,12 @@ def barrier(v, args):
                 _write(v, v.add(control, ARRIVED), 0)
                 _write(v, v.add(control, TURN), v.add(turn, 1))
             with others:
-                spins = v.variable(I64(0))
+                spins, since = v.variable(I64(0)), v.variable(I64(0))
                 with v.repeat() as leave:
                     leave(v.compare(_read(v, v.add(control, TURN)), "!=", turn))
                     _breathe(v, spins)
+                    crowd.watch(v, v.get(spins), since)
+                crowd.note_wait(v, v.add(control, CROWD), v.get(since))
 
 
 def _swap(v, address, old, new):
@@ -133,18 +136,28 @@ def _launch(v, control, kernel, argument, team):
 
 def _run_job(v, control, kernel, argument, team, counters, launched):
     """Run a job as its first thread; 0 when done, else how many workers must be woken first."""
-    asleep = v.variable(I64(0))
+    asleep, members, here = v.variable(I64(0)), v.variable(team), v.add(control, CROWD)
     v.set(asleep, I64(0))
-    with v.when(v.compare(launched, "==", 0)):
-        with v.loop(0, counters) as i:
-            _write(v, v.add(control, COUNTERS, v.mul(i, LINE)), 0)
-        with v.when(v.compare(team, ">", 1)):
-            v.set(asleep, _launch(v, control, kernel, argument, team))
+    v.set(members, v.i(team))
+    with v.b.if_else(v.compare(launched, "==", 0)) as (fresh, called):
+        with fresh:
+            with v.loop(0, counters) as i:
+                _write(v, v.add(control, COUNTERS, v.mul(i, LINE)), 0)
+            # Job 0 ends the workers, whoever is late.
+            with v.when(v.b.and_(v.compare(team, ">", 1), v.compare(kernel, "!=", 0))):
+                v.set(members, crowd.members(v, here, team))
+            with v.when(v.compare(v.get(members), ">", 1)):
+                v.set(asleep, _launch(v, control, kernel, argument, v.get(members)))
+        with called:
+            v.set(members, v.remainder(_read(v, v.add(control, JOB)), TEAMS))
     ours = v.b.and_(v.compare(v.get(asleep), "==", 0), v.compare(kernel, "!=", 0))
     with v.when(ours):
-        call_kernel(v, kernel, control, argument, 0, team)
-        write(v, "barrier", control, team)
+        count, began = v.get(members), crowd.clock(v)
+        call_kernel(v, kernel, control, argument, 0, count)
+        write(v, "barrier", control, count)
         _write(v, v.add(control, DONE), _read(v, v.add(control, JOB)))
+        with v.when(v.compare(count, ">", 1)):
+            crowd.judge(v, here, count, began, launched)
     return v.get(asleep)
 
 
