@@ -1,6 +1,7 @@
 """What many tests need: the shared data beside the repository, and the devices that models run on."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -19,9 +20,15 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["portable", "cpu"])
+# CMR_TEST_DEVICES=cuda runs the same tests on a GPU, or with NUMBA_ENABLE_CUDASIM=1 in numba's simulator of one.
+DEVICES = os.environ.get("CMR_TEST_DEVICES", "portable cpu").split()
+
+
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that open_model takes, where this machine has what it needs."""
+    if request.param == "cuda":
+        import tests.cuda_turns  # noqa: F401  (makes the simulator, where it is switched on, fast enough)
     if request.param == "cpu" and not importlib.util.find_spec("cmr.ops.cpu"):
         pytest.skip("the compiled op table is not there")
     if request.param == "cpu" and not importlib.util.find_spec("numba"):

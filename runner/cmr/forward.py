@@ -56,9 +56,10 @@ class Forward:
         arena.want(sum(part.want for part in step.parts))
         arena.tokens[:n], arena.pos[:n] = step.tokens, step.pos
         try:
-            self._replay.run(
-                plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
-            )
+            with self.ops.ahead():
+                self._replay.run(
+                    plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
+                )
         finally:
             self._release(step)
         return arena.rows_of_logits(step.parts)
@@ -236,9 +237,10 @@ class Forward:
         if total < len(step.tokens):
             last, n_prompt = arena.last, sum(part.want for part in step.parts if part.prompt)
             row = 0
-            for part, rows in zip(step.parts, step.spans):
-                last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
-                row += part.want
+            with self.ops.aside():
+                for part, rows in zip(step.parts, step.spans):
+                    last.array[row : row + part.want] = arena.hidden.array[rows.stop - part.want : rows.stop]
+                    row += part.want
         rows = arena, last, total, n_prompt
         pieces = self._output_pieces(plan)
         if pieces == self.weights.output_pieces:

@@ -228,7 +228,9 @@ class LayerCache(Slots):
             sums, since, floor = state["weights"]
             self.noted.follow(since)
             self.noted.sums, self.noted.floor = sums.copy(), floor
-        self._set(k, v, state["pos"].copy(), state["ragged"])
+        pos = self.ops.zeros(state["pos"].shape, state["pos"].dtype)
+        pos[:] = state["pos"]
+        self._set(k, v, pos, state["ragged"])
         self.used = state["used"]
         heads = [self.head_positions(head) for head in range(len(self._pos))]
         self.floor = max((int(p[-1]) + 1 for p in heads if len(p) and p[-1] >= len(p)), default=0)

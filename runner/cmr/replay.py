@@ -219,12 +219,10 @@ class Replay:
     # -- what a step does --
 
     def call(self, step: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """Run function(step, *args), now and whenever the step is run again, and return its answer.
+        """Run function(step, *args), now and whenever the step is run again, and return its answer; Python has the memory.
 
         Should it give another answer then, that is the place from which the step goes on the ordinary way.
         """
-        if self._recording is None:
-            return function(step, *args)
         with self.ops.aside():
             answer = function(step, *args)
         self.note(function, args, answer)
@@ -239,13 +237,14 @@ class Replay:
         """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways."""
         cache, recording = step.parts[number].seq.caches[layer], self._recording
         args = (number, layer, attend, pos, *heads)
-        if recording is None:
-            attended(step, *args)
-        elif by_rule(attend) and _replayable(cache):
+        jobs = by_rule(attend) and _replayable(cache)
+        if jobs and recording is not None:
             with recording.storing(number, layer, len(pos), cache):
                 attended(step, *args)
+        elif jobs and getattr(cache, "layout", None) is not None:
+            attended(step, *args)
         else:
-            if by_rule(attend):
+            if recording is not None and by_rule(attend):
                 recording.called.append((number, layer))
             self.call(step, attended, *args)
 

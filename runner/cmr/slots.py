@@ -100,7 +100,7 @@ class Slots:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """Return room for keys or values."""
-        return zeros(shape, dtype)
+        return self.ops.zeros(shape, dtype)
 
     def _all(self) -> tuple[np.ndarray, ...]:
         arrays = (*self.k, *self.v, self._pos)
@@ -173,7 +173,7 @@ class Slots:
         """Put the picked slots into new arrays with room for `capacity`, rounded up to whole blocks."""
         capacity = -(-capacity // BLOCK) * BLOCK
 
-        def moved(array: np.ndarray, make: Any = zeros) -> np.ndarray:
+        def moved(array: np.ndarray, make: Any = self.ops.zeros) -> np.ndarray:
             picked = pick(array)
             new = make((len(array), capacity, *array.shape[2:]), array.dtype)
             new[:, : picked.shape[1]] = picked
@@ -182,7 +182,7 @@ class Slots:
         ragged = self.ragged
         k, v = ([moved(a, self.zeros) for a in arrays] for arrays in (self.k, self.v))
         if self.noted is not None:
-            self.noted.sums = moved(self.noted.sums)
+            self.noted.sums = moved(self.noted.sums, zeros)
         self._set(k, v, moved(self._pos), ragged)
 
     def _copied(self, array: np.ndarray) -> np.ndarray:

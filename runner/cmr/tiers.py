@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -98,7 +97,7 @@ class TieredCache:
             rows = (a[:, slots].swapaxes(0, 1).astype(np.float32) for a in (store.k[0], store.v[0]))
             k, v = map(np.ascontiguousarray, rows)
             # A step that is run again packs nothing: see pos.
-            with self.ops.aside() if self.ops.replays else nullcontext():
+            with self.ops.aside():
                 for lower in self.stores[1:]:
                     lower.append(k, v, store.positions[slots])
             store.changed()

@@ -6,27 +6,37 @@ from typing import Any
 
 from cmr.errors import ModelError
 
-DEVICES = ("cpu", "portable")
+DEVICES = ("cpu", "cuda", "portable")
 
 
 def open_ops(device: str = "cpu", threads: int | None = None, prompt_threads: int | None = None) -> Any:
-    """Return the op table of `device`: "cpu" (compiled) or "portable" (numpy alone, slow).
+    """Return the op table of `device`: "cpu" (compiled), "cuda", or "portable" (numpy alone, slow).
 
     `threads` serve generated tokens, `prompt_threads` prompts; None takes what suits the machine. Raises
-    ModelError for an unknown device, and where the compiler that "cpu" needs is missing.
+    ModelError for an unknown device, and where what a device needs is missing.
     """
-    if device == "portable":
-        from cmr.ops.portable import PortableOps
-
-        return PortableOps(threads, prompt_threads)
-    if device != "cpu":
+    if device not in DEVICES:
         raise ModelError(f"device {device!r} is not supported; there are: {', '.join(DEVICES)}")
     try:
-        from cmr.ops.cpu import CpuOps
+        return _table(device)(threads, prompt_threads)
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] not in ("numba", "llvmlite"):
             raise
         raise ModelError(
-            f"device 'cpu' needs {error.name}, which is not installed; 'portable' runs without"
+            f"device {device!r} needs {error.name}, which is not installed; 'portable' runs without"
         ) from None
-    return CpuOps(threads, prompt_threads)
+
+
+def _table(device: str) -> Any:
+    """The class of a device's table, imported now."""
+    if device == "portable":
+        from cmr.ops.portable import PortableOps
+
+        return PortableOps
+    if device == "cuda":
+        from cmr.ops.cuda.table import CudaOps
+
+        return CudaOps
+    from cmr.ops.cpu import CpuOps
+
+    return CpuOps

@@ -14,7 +14,7 @@ from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import COUNTS, RECORD, STEP
 from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.pages import PageOps
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer
+from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer, zeros
 from cmr.quants import FORMATS, row_bytes
 
 Part = tuple[Matrix, np.ndarray | None]
@@ -67,6 +67,9 @@ class CpuOps(PageOps):
 
     def buffer(self, rows: int, cols: int) -> Buffer:
         return make_buffer(rows, cols)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        return zeros(shape, dtype)
 
     def rope_table(self, inv_freq: np.ndarray, max_pos: int, scale: float = 1.0) -> RopeTable:
         return RopeTable(inv_freq, max_pos, scale)

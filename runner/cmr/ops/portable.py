@@ -6,6 +6,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
 from cmr.ops.portable_pages import PortablePages
-from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer
+from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer, zeros
 from cmr.quants import row_bytes
 
 # Decoded weights are kept up to here; what comes later is decoded again in every call.
@@ -37,6 +38,12 @@ class PortableOps(PortablePages):
         self.threads = self.prompt_threads = 1
         self.cached = 0
         self.lock = threading.Lock()
+
+    def ahead(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     # -- records --------------------------------------------------------------
 
@@ -60,13 +67,16 @@ class PortableOps(PortablePages):
     def buffer(self, rows: int, cols: int) -> Buffer:
         return make_buffer(rows, cols)
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        return zeros(shape, dtype)
+
     def rope_table(self, inv_freq: np.ndarray, max_pos: int, scale: float = 1.0) -> RopeTable:
         return RopeTable(inv_freq, max_pos, scale)
 
     # -- products -------------------------------------------------------------
 
     def embed(self, matrix: Matrix, tokens: np.ndarray, out: Buffer, scale: float = 1.0) -> None:
-        rows = _raw(matrix)[np.asarray(tokens)]
+        rows = raw_blocks(matrix)[np.asarray(tokens)]
         np.multiply(dequantize(rows, matrix.type), np.float32(scale), out=out.array[: len(tokens)])
 
     def project(
@@ -123,13 +133,13 @@ class PortableOps(PortablePages):
     def _weights(self, matrix: Matrix, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as float32 [stop - start, cols], decoded now or kept from an earlier call."""
         if not matrix.resident:
-            return dequantize(_raw(matrix)[start:stop], matrix.type)
+            return dequantize(raw_blocks(matrix)[start:stop], matrix.type)
         with self.lock:
             if matrix.cache is None:
                 matrix.cache = {}
         kept = matrix.cache.get(start)
         if kept is None:
-            kept = dequantize(_raw(matrix)[start:stop], matrix.type)
+            kept = dequantize(raw_blocks(matrix)[start:stop], matrix.type)
             with self.lock:
                 if self.cached + kept.nbytes <= CACHE_BYTES:
                     self.cached += kept.nbytes
@@ -241,8 +251,8 @@ class PortableOps(PortablePages):
         """Nothing to give back: there are no threads, and decoded weights go with their matrices."""
 
 
-def _raw(matrix: Matrix) -> np.ndarray:
-    """The blocks of a matrix: uint8 [rows, row_bytes], a view of the memory they lie in."""
+def raw_blocks(matrix: Matrix) -> np.ndarray:
+    """Return the blocks of a matrix: uint8 [rows, row_bytes], a view of the memory they lie in."""
     block = (ctypes.c_uint8 * matrix.nbytes).from_address(matrix.address)
     return np.ctypeslib.as_array(block).reshape(matrix.rows, matrix.row_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,14 +17,26 @@ Part = tuple[Matrix, np.ndarray | None]
 class Ops(Protocol):
     """Operations on Buffers: `n` rows count, the first `n_prompt` of them prompt tokens, the rest generated.
 
-    A row's result depends on that row, its role and its position alone, bit for bit: never on `n`, on its
+    They have ended when they return, except within ahead(). A row's result depends on that row, its role and its position alone, bit for bit: never on `n`, on its
     neighbours or on the number of threads.
     """
 
     name: str
     threads: int
     prompt_threads: int
-    replays: bool  # whether there are recording(), aside(), replay(), places() and move(): see replay.py
+    replays: bool  # whether there are recording(), replay(), places() and move(): see replay.py
+
+    def ahead(self) -> AbstractContextManager[None]:
+        """Let operations go on after they return, until the end of the block, where all have ended.
+
+        In the block Python may make arrays, but neither read nor write what operations read or write.
+        """
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Within ahead() or recording(), let Python have the memory until the end of the block.
+
+        What came before has ended, what comes ends as it returns, and no job is noted.
+        """
 
     def matrix(
         self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
@@ -42,6 +55,9 @@ class Ops(Protocol):
 
     def buffer(self, rows: int, cols: int) -> Buffer:
         """Make an uninitialized Buffer."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Make room for keys, values or positions, where operations find it without copies."""
 
     def rope_table(self, inv_freq: np.ndarray, max_pos: int, scale: float = 1.0) -> RopeTable:
         """Make the rotation table of float64 frequencies [rot / 2], with cosines and sines times `scale`."""

@@ -1,0 +1,1 @@
+"""The op table for CUDA devices, written with numba: imported only when that device is asked for."""

@@ -1,0 +1,315 @@
+"""Attention: partial results over stretches of slots, which are combined in their order.
+
+A partial result is what a softmax over some slots alone comes to: the largest score, the sum of exp(score - largest),
+and the sum of values under these weights. A row's are the same whatever the rows beside it and however many slots lie
+behind those that it sees: what it does not see adds nothing, not even a rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from numba import cuda, float32
+
+from cmr.ops.cuda.kernels.compiler import AT, BYTES, FLOATS, INTS, REAL, Kernel, flat, inline, kernel
+from cmr.ops.cuda.kernels.formats import UNIT, byte, unpacker, words
+from cmr.ops.cuda.kernels.rows import SUMS, block_sum
+from cmr.ops.records import PIECE
+
+THREADS = 128
+LANES = 32
+ROWS, SLOTS, CHUNK = 16, 64, 64  # of a prompt's tile: rows, slots, and values of a slot at a time
+MIXED = THREADS * UNIT
+CHUNK_APART, SLOTS_APART = CHUNK + 1, SLOTS + 1  # so that threads beside each other meet different banks
+LONGEST = 512  # the most values of a key or value of a generated row
+WIDEST = 256  # the most values of a value of a prompt's row
+NOTHING = -math.inf
+FOREVER = 1 << 40  # a position that no token has
+AGES = 64
+
+# Keys, values: bytes, words, first byte, bytes of heads, bytes of slots. Positions: ints, first, stride of heads.
+# Slots in use, or below 0 for what each head has: ints, first.
+def _segment(k_type: str, v_type: str) -> tuple[Any, ...]:
+    held = (AT, AT, AT)
+    return (BYTES, flat(words(k_type)), *held, BYTES, flat(words(v_type)), *held, INTS, AT, AT, AT, INTS, AT)
+
+
+# Queries: floats, first, stride of rows, stride of heads; their positions: ints, first; heads, heads of a key head,
+# dim, dim_v. Rule: window, sinks, scale, softcap; age and start of the two ends.
+_QUERY = (FLOATS, AT, AT, AT, INTS, AT, AT, AT, AT, AT)
+_RULE = (AT, AT, REAL, REAL, AT, AT, AT, AT)
+# Partial results: floats, the first that this segment has of a row's head, and how many there are of each.
+_PARTIAL = (FLOATS, AT, AT)
+
+
+@cache
+def reader(type: str) -> Any:
+    """Return the function that unpacks eight values of a slot: f(b, h, at, step, slot, dim, u, w)."""
+    if type == "Q2C":
+        return grouped
+    unpack = unpacker(type)
+
+    @inline
+    def row(b, h, at, step, slot, dim, u, w):
+        unpack(b, h, at + slot * step, u, w)
+
+    return row
+
+
+@inline
+def grouped(b, h, at, step, slot, dim, u, w):
+    """Keys of 32 tokens packed together: for each channel a scale and a least value, then fields of two bits."""
+    at += slot // 32 * 32 * step
+    j = slot % 32
+    for i in range(8):
+        c = 8 * u + i
+        d, low = float32(h[(at >> 1) + c]), float32(h[(at >> 1) + dim + c])
+        w[i] = d * float32(byte(b, at + 4 * dim + 8 * c + (j & 7)) >> 2 * (j >> 3) & 3) + low
+
+
+@inline
+def bound(age, start, p):
+    """The position that one end of a segment stands for, for a query at p."""
+    return max(start, max(0, p - age) // AGES * AGES)
+
+
+@inline
+def sees(slot, p, window, sinks, low, high):
+    """Whether a query at position p sees a slot with this position."""
+    near = window == 0 or p - slot < window or slot < sinks
+    return slot <= p and near and low <= slot and slot < high
+
+
+@inline
+def capped(score, softcap):
+    return softcap * float32(math.tanh(score / softcap)) if softcap > float32(0) else score
+
+
+@inline
+def block_max(sums, t, value):
+    """The largest of every thread's value, in each of them; `sums` float32 [SUMS], shared."""
+    cuda.syncthreads()
+    sums[t] = value
+    cuda.syncthreads()
+    if t < THREADS // LANES:
+        found = sums[t * LANES]
+        for i in range(1, LANES):
+            found = max(found, sums[t * LANES + i])
+        sums[THREADS + t] = found
+    cuda.syncthreads()
+    return max(max(sums[THREADS], sums[THREADS + 1]), max(sums[THREADS + 2], sums[THREADS + 3]))
+
+
+@cache
+def generated(k_type: str, v_type: str) -> Kernel:
+    """Partial results of single rows, each over one piece of PIECE slots. Grid: pieces, heads, rows."""
+    read_k, read_v = reader(k_type), reader(v_type)
+
+    @kernel(*_segment(k_type, v_type), *_QUERY, *_RULE, *_PARTIAL, name=f"generated:{k_type}:{v_type}")
+    def attend(
+        kb, kh, k_at, k_head, k_step, vb, vh, v_at, v_head, v_step, pos, pos_at, pos_head, used, counts, counts_at,
+        q, q_at, q_row, q_head, q_pos, q_pos_at, heads, width, dim, dim_v,
+        window, sinks, scale, softcap, low_age, low_start, high_age, high_start, partial, first, every,
+    ):  # fmt: skip
+        t, head, row = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        group, start = head // width, cuda.blockIdx.x * PIECE
+        query = cuda.shared.array(LONGEST, float32)
+        weights = cuda.shared.array(PIECE, float32)
+        sums = cuda.shared.array(SUMS, float32)
+        mixed = cuda.shared.array(MIXED, float32)
+        w = cuda.local.array(UNIT, float32)
+        total = cuda.local.array(UNIT, float32)
+        for i in range(t, dim, THREADS):
+            query[i] = q[q_at + row * q_row + head * q_head + i]
+        cuda.syncthreads()
+        count = min((used if used >= 0 else counts[counts_at + group]) - start, PIECE)
+        p = q_pos[q_pos_at + row]
+        low = bound(low_age, low_start, p) if low_age >= 0 else 0
+        high = bound(high_age, high_start, p) if high_age >= 0 else FOREVER
+        found = float32(NOTHING)
+        for s in range(t, PIECE, THREADS):
+            score = float32(NOTHING)
+            if s < count and sees(pos[pos_at + group * pos_head + start + s], p, window, sinks, low, high):
+                score = float32(0)
+                for u in range(dim // UNIT):
+                    read_k(kb, kh, k_at + group * k_head, k_step, start + s, dim, u, w)
+                    for i in range(UNIT):
+                        score = cuda.fma(query[UNIT * u + i], w[i], score)
+                score = capped(score * scale, softcap)
+            weights[s] = score
+            found = max(found, score)
+        found = block_max(sums, t, found)
+        weight = float32(0)
+        for s in range(t, PIECE, THREADS):
+            weights[s] = float32(math.exp(weights[s] - found)) if weights[s] > float32(NOTHING) else float32(0)
+            weight += weights[s]
+        weight = block_sum(sums, t, weight)
+        there = ((row * heads + head) * every + first + cuda.blockIdx.x) * (dim_v + 2)
+        if t == 0:
+            partial[there] = found
+            partial[there + 1] = weight
+        units = dim_v // UNIT
+        lanes = THREADS // units
+        u, lane = t % units, t // units
+        for i in range(UNIT):
+            total[i] = float32(0)
+        if lane < lanes and weight > float32(0):
+            for s in range(lane, count, lanes):
+                if weights[s] > float32(0):
+                    read_v(vb, vh, v_at + group * v_head, v_step, start + s, dim_v, u, w)
+                    for i in range(UNIT):
+                        total[i] = cuda.fma(weights[s], w[i], total[i])
+        if lane < lanes:
+            for i in range(UNIT):
+                mixed[lane * dim_v + UNIT * u + i] = total[i]
+        cuda.syncthreads()
+        for i in range(t, dim_v, THREADS):
+            value = float32(0)
+            for k in range(lanes):
+                value += mixed[k * dim_v + i]
+            partial[there + 2 + i] = value
+
+    return attend
+
+
+@cache
+def prompt(k_type: str, v_type: str) -> Kernel:
+    """Partial results of ROWS rows at a time, a running softmax over tiles of SLOTS slots. Grid: rows / ROWS, heads.
+
+    `tiles`, bytes with a first one and a stride of heads, are 0 for tiles that are left out; -1: there are none.
+    """
+    read_k, read_v = reader(k_type), reader(v_type)
+
+    @kernel(
+        *_segment(k_type, v_type), *_QUERY, *_RULE, *_PARTIAL, BYTES, AT, AT, AT, name=f"prompt:{k_type}:{v_type}"
+    )
+    def attend(
+        kb, kh, k_at, k_head, k_step, vb, vh, v_at, v_head, v_step, pos, pos_at, pos_head, used, counts, counts_at,
+        q, q_at, q_row, q_head, q_pos, q_pos_at, heads, width, dim, dim_v,
+        window, sinks, scale, softcap, low_age, low_start, high_age, high_start, partial, first, every,
+        tiles, tiles_at, tiles_head, n,
+    ):  # fmt: skip
+        t, head = cuda.threadIdx.x, cuda.blockIdx.y
+        group, begin = head // width, cuda.blockIdx.x * ROWS
+        query = cuda.shared.array((ROWS, CHUNK), float32)
+        held = cuda.shared.array((SLOTS, CHUNK_APART), float32)
+        weights = cuda.shared.array((ROWS, SLOTS_APART), float32)
+        mixed = cuda.shared.array((ROWS, WIDEST), float32)
+        tops = cuda.shared.array(ROWS, float32)
+        factors = cuda.shared.array(ROWS, float32)
+        totals = cuda.shared.array(ROWS, float32)
+        w = cuda.local.array(UNIT, float32)
+        scores = cuda.local.array(UNIT, float32)
+        r, lane = t // 8, t % 8
+        if lane == 0:
+            tops[r] = float32(NOTHING)
+            totals[r] = float32(0)
+        for i in range(lane, dim_v, 8):
+            mixed[r, i] = float32(0)
+        last = min(begin + ROWS, n) - 1
+        p = q_pos[q_pos_at + min(begin + r, last)]
+        oldest, newest = q_pos[q_pos_at + begin], q_pos[q_pos_at + last]
+        low = bound(low_age, low_start, p) if low_age >= 0 else 0
+        high = bound(high_age, high_start, p) if high_age >= 0 else FOREVER
+        count = used if used >= 0 else counts[counts_at + group]
+        slots = pos_at + group * pos_head
+        for start in range(0, count, SLOTS):
+            size = min(SLOTS, count - start)
+            if pos[slots + start] > newest:
+                break
+            behind = pos[slots + start + size - 1]
+            if window > 0 and oldest - behind >= window and pos[slots + start] >= sinks:
+                continue
+            if tiles_at >= 0 and tiles[tiles_at + group * tiles_head + start // SLOTS] == 0:
+                continue
+            for i in range(UNIT):
+                scores[i] = float32(0)
+            for c in range(0, dim, CHUNK):
+                cuda.syncthreads()
+                for k in range(t, SLOTS * (CHUNK // UNIT), THREADS):
+                    s, u = k // (CHUNK // UNIT), k % (CHUNK // UNIT)
+                    inside = s < size and c + UNIT * u < dim
+                    if inside:
+                        read_k(kb, kh, k_at + group * k_head, k_step, start + s, dim, c // UNIT + u, w)
+                    for i in range(UNIT):
+                        held[s, UNIT * u + i] = w[i] if inside else float32(0)
+                for k in range(t, ROWS * CHUNK, THREADS):
+                    i, j = k // CHUNK, k % CHUNK
+                    inside = begin + i < n and c + j < dim
+                    query[i, j] = q[q_at + (begin + i) * q_row + head * q_head + c + j] if inside else float32(0)
+                cuda.syncthreads()
+                for j in range(CHUNK):
+                    for i in range(UNIT):
+                        scores[i] = cuda.fma(query[r, j], held[lane + 8 * i, j], scores[i])
+            for i in range(UNIT):
+                s = lane + 8 * i
+                score = float32(NOTHING)
+                if s < size and begin + r < n and sees(pos[slots + start + s], p, window, sinks, low, high):
+                    score = capped(scores[i] * scale, softcap)
+                weights[r, s] = score
+            cuda.syncthreads()
+            if lane == 0:
+                top = tops[r]
+                for s in range(SLOTS):
+                    top = max(top, weights[r, s])
+                factors[r] = float32(math.exp(tops[r] - top)) if top > tops[r] else float32(1)
+                tops[r] = top
+            cuda.syncthreads()
+            for i in range(UNIT):
+                s = lane + 8 * i
+                seen = weights[r, s] > float32(NOTHING)
+                weights[r, s] = float32(math.exp(weights[r, s] - tops[r])) if seen else float32(0)
+            cuda.syncthreads()
+            if lane == 0:
+                total = float32(0)
+                for s in range(SLOTS):
+                    total += weights[r, s]
+                totals[r] = totals[r] * factors[r] + total
+            for c in range(0, dim_v, CHUNK):
+                cuda.syncthreads()
+                for k in range(t, SLOTS * (CHUNK // UNIT), THREADS):
+                    s, u = k // (CHUNK // UNIT), k % (CHUNK // UNIT)
+                    if s < size and c + UNIT * u < dim_v:
+                        read_v(vb, vh, v_at + group * v_head, v_step, start + s, dim_v, c // UNIT + u, w)
+                        for i in range(UNIT):
+                            held[s, UNIT * u + i] = w[i]
+                cuda.syncthreads()
+                for j in range(lane, min(CHUNK, dim_v - c), 8):
+                    value = mixed[r, c + j] * factors[r]
+                    for s in range(size):
+                        if weights[r, s] > float32(0):
+                            value = cuda.fma(weights[r, s], held[s, j], value)
+                    mixed[r, c + j] = value
+            cuda.syncthreads()
+        cuda.syncthreads()
+        if begin + r < n:
+            there = (((begin + r) * heads + head) * every + first) * (dim_v + 2)
+            if lane == 0:
+                partial[there] = tops[r]
+                partial[there + 1] = totals[r]
+            for i in range(lane, dim_v, 8):
+                partial[there + 2 + i] = mixed[r, i]
+
+    return attend
+
+
+@kernel(FLOATS, AT, AT, AT, FLOATS, AT, AT, AT)
+def combine(partial, heads, every, dim_v, y, y_at, y_row, y_head):
+    """Make each row's output of its partial results, those that saw something in their order. Grid: heads, rows."""
+    head, row = cuda.blockIdx.x, cuda.blockIdx.y
+    size = dim_v + 2
+    begin = (row * heads + head) * every * size
+    top = float32(NOTHING)
+    for k in range(every):
+        top = max(top, partial[begin + k * size])
+    for i in range(cuda.threadIdx.x, dim_v, THREADS):
+        value = total = float32(0)
+        for k in range(every):
+            there = begin + k * size
+            if partial[there + 1] > float32(0):
+                factor = float32(math.exp(partial[there] - top))
+                total = cuda.fma(factor, partial[there + 1], total)
+                value = cuda.fma(factor, partial[there + 2 + i], value)
+        y[y_at + row * y_row + head * y_head + i] = value / total if total > float32(0) else float32(0)
