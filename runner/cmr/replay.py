@@ -219,9 +219,10 @@ class Replay:
     # -- what a step does --
 
     def call(self, step: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """Run function(step, *args), now and whenever the step is run again, and return its answer; Python has the memory.
+        """Run function(step, *args), now and whenever the step is run again, and return its answer.
 
-        Should it give another answer then, that is the place from which the step goes on the ordinary way.
+        The function may read and write what operations do. Should it give another answer when the step is run again,
+        that is the place from which the step goes on the ordinary way.
         """
         with self.ops.aside():
             answer = function(step, *args)

@@ -17,8 +17,8 @@ Part = tuple[Matrix, np.ndarray | None]
 class Ops(Protocol):
     """Operations on Buffers: `n` rows count, the first `n_prompt` of them prompt tokens, the rest generated.
 
-    They have ended when they return, except within ahead(). A row's result depends on that row, its role and its position alone, bit for bit: never on `n`, on its
-    neighbours or on the number of threads.
+    A row's result depends on that row, its role and its position alone, bit for bit: never on `n`, on its
+    neighbours or on the number of threads. Operations have ended when they return, except within ahead().
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cmr.evidence import Notes
-from cmr.ops.cuda.kernels import attention, rows, storing
+from cmr.ops.cuda.kernels import attention, prompts, rows, storing
 from cmr.ops.cuda.kernels.formats import UNIT, words
 from cmr.ops.cuda.launcher import THREADS, Launcher, over
 from cmr.ops.cuda.memory import Place
@@ -49,11 +49,11 @@ class AttentionOps(Launcher):
     """What `cmr.ops.table.Ops` says of keys and values."""
 
     def kv_store(self, segment: Segment, k_new: np.ndarray, v_new: np.ndarray, pos: np.ndarray) -> None:
-        held = [self.memory.find(a) for a in (segment.k, segment.v, segment.pos)]
-        if None in held or not isinstance(segment.used, int) or segment.pos.ndim > 1 or segment.k_type in GROUPED:
+        k, v, places = (self.memory.find(a) for a in (segment.k, segment.v, segment.pos))
+        apart = segment.pos.ndim > 1 or not isinstance(segment.used, int)
+        if k is None or v is None or places is None or apart or segment.k_type in GROUPED:
             self._by_host("kv_store", segment, k_new, v_new, pos)
             return
-        k, v, places = held
         self._store(segment.k_type, k, segment.used, k_new, segment.turned_k)
         self._store(segment.v_type, v, segment.used, v_new, segment.turned_v)
         array, at = places.ints()
@@ -103,7 +103,13 @@ class AttentionOps(Launcher):
             self._by_host("attend", q, q_pos, segments, rule, np.empty_like(out), prompt, notes)
 
     def _attend(
-        self, q: np.ndarray, q_pos: np.ndarray, segments: list[Segment], rule: Any, out: np.ndarray, prompt: bool
+        self,
+        q: np.ndarray,
+        q_pos: np.ndarray,
+        segments: list[Segment],
+        rule: Any,
+        out: np.ndarray,
+        prompt: bool,
     ) -> None:
         """Take partial results of every segment, and combine them."""
         n, heads, dim = q.shape
@@ -139,8 +145,8 @@ class AttentionOps(Launcher):
             tiles = self.memory.nothing if segment.tiles is None else self.memory.place(segment.tiles)
             head = 0 if segment.tiles is None else tiles.strides[0]
             left_out = (tiles.block.view(np.uint8), tiles.at, head, n)
-            grid = (-(-n // attention.ROWS), heads)
-            attention.prompt(*types).launch(grid, THREADS, *fields, *ends, *left_out)
+            grid = (-(-n // prompts.ROWS), heads)
+            prompts.prompt(*types).launch(grid, THREADS, *fields, *ends, *left_out)
         else:
             attention.generated(*types).launch((count, heads, n), THREADS, *fields, *ends)
 
@@ -168,5 +174,5 @@ class AttentionOps(Launcher):
 
 def _fits(dim: int, dim_v: int, prompt: bool) -> bool:
     """Whether kernels take heads of these sizes."""
-    longest = attention.WIDEST if prompt else attention.LONGEST
+    longest = prompts.WIDEST if prompt else attention.LONGEST
     return dim % UNIT == 0 and dim_v % UNIT == 0 and dim <= attention.LONGEST and dim_v <= longest

@@ -12,6 +12,7 @@ from numba import config, cuda
 from cmr.errors import ModelError
 from cmr.ops.records import ALIGNMENT
 
+SIMULATED: bool = vars(config)["ENABLE_CUDASIM"]
 INSTEAD = "device 'cpu' runs without"
 
 
@@ -71,4 +72,4 @@ class Simulated:
 
 def open_device() -> Any:
     """Return the device; raises ModelError, saying what is missing, where there is none."""
-    return Simulated() if config.ENABLE_CUDASIM else Device()
+    return Simulated() if SIMULATED else Device()

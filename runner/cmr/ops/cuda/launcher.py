@@ -10,7 +10,6 @@ from cmr.ops.cuda.device import open_device
 from cmr.ops.cuda.memory import Memory
 from cmr.ops.portable import PortableOps
 
-
 THREADS = 128  # of a block, in every kernel
 
 

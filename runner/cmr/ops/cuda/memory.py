@@ -88,7 +88,7 @@ class Memory:
         with self._lock:
             insort(self._starts, address)
             self._blocks[address] = Block(array)
-        finalize(host.base if isinstance(host.base, np.ndarray) else host, self._forget, address)
+        finalize(host.base, self._forget, address).atexit = False  # the base is what views keep alive
         return host.view(dtype).reshape(shape)
 
     def shared_copy(self, array: np.ndarray) -> np.ndarray:
@@ -163,6 +163,8 @@ class Memory:
         return found[1]
 
     def _forget(self, address: int) -> None:
+        """Let a block go that is about to be freed, once no kernel reads or writes it."""
+        self.wait()
         with self._lock:
             self._starts.remove(address)
             del self._blocks[address]

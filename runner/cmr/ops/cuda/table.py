@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from cmr.gguf_file import Tensor
 from cmr.ops.cuda.attention import AttentionOps
-from cmr.ops.cuda.kernels import products, rows
+from cmr.ops.cuda.kernels import products, reading, rows
 from cmr.ops.cuda.kernels.formats import UNIT, words
-from cmr.ops.cuda.launcher import over
+from cmr.ops.cuda.launcher import THREADS, over
 from cmr.ops.cuda.memory import Block, Memory
 from cmr.ops.portable import raw_blocks
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable
@@ -56,6 +57,21 @@ class CudaOps(AttentionOps):
         """Let device memory go, what weights have of it with their records."""
         self.memory.close()
 
+    def read_rate(self, nbytes: int = 1 << 28, seconds: float = 0.04) -> float:
+        """Return the bytes of device memory that are read a second, in one stream."""
+        x = self.memory.scratch("read", nbytes).view(np.int32)
+        out = self.memory.scratch("read sums", 4 * reading.BLOCKS * THREADS).view(np.int32)
+        done, passed = 0, 0.0
+        while passed < seconds:
+            reading.mixed.launch((reading.BLOCKS,), THREADS, x, nbytes // 4, out)
+            self.memory.wait()
+            if done == 0:  # the first launch compiles
+                started = perf_counter()
+            else:
+                passed = perf_counter() - started
+            done += nbytes
+        return (done - nbytes) / passed
+
     # -- records --
 
     def matrix(
@@ -67,8 +83,8 @@ class CudaOps(AttentionOps):
         return self.memory.shared_copy(self.portable.vector(tensor))
 
     def norm_of(self, weight: np.ndarray, bias: np.ndarray | None, eps: float, kind: str) -> Norm:
-        weight, bias = (a if a is None else self.memory.shared_copy(a) for a in (weight, bias))
-        return Norm(weight, bias, eps, kind)
+        copy = self.memory.shared_copy
+        return Norm(copy(weight), None if bias is None else copy(bias), eps, kind)
 
     def buffer(self, rows: int, cols: int) -> Buffer:
         array = self.memory.shared((rows, cols), np.float32, zero=False)
@@ -90,14 +106,10 @@ class CudaOps(AttentionOps):
         if matrix.resident:
             blocks, ids = self._blocks(matrix), tokens
         else:  # a few rows of what may be other bytes in the next call
-            ids = np.arange(len(tokens))
-            blocks = self.memory.upload(raw_blocks(matrix)[np.asarray(tokens)])
-        ids, y = self.memory.place(np.ascontiguousarray(ids, np.int64)), self.memory.place(out.array)
+            blocks, ids = self.memory.upload(raw_blocks(matrix)[np.asarray(tokens)]), np.arange(len(tokens))
+        rows = self.memory.place(np.ascontiguousarray(ids, np.int64)).longs()
         weights = (blocks.view(np.uint8), blocks.view(words(name)), 0, matrix.row_bytes, matrix.cols)
-        grid = (len(tokens), 1)
-        products.embed(name).launch(
-            grid, products.THREADS, *weights, *ids.longs(), *y.floats(), out.cols, scale
-        )
+        products.embed(name).launch((len(tokens),), THREADS, *weights, *rows, *self._rows(out), scale)
         self._done()
 
     def project(
@@ -146,12 +158,10 @@ class CudaOps(AttentionOps):
             self._product(matrix, inputs, n, n_prompt, (room, 0, cols), bias, False, 1.0)
             halves.append(room)
         y = self.memory.place(out.array).floats()
-        rows.gate(act).launch(over(cols, n), rows.THREADS, *halves, cols, *y, out.cols)
+        rows.gate(act).launch(over(cols, n), THREADS, *halves, cols, *y, out.cols)
         self._done()
 
-    def _input(
-        self, x: Buffer, n: int, column: int, cols: int, norm: Norm | None
-    ) -> tuple[Any, int, int]:
+    def _input(self, x: Buffer, n: int, column: int, cols: int, norm: Norm | None) -> tuple[Any, int, int]:
         """The rows that a product reads, normalized where there is a norm: floats, first of them, stride."""
         array, at = self.memory.place(x.array).floats()
         if norm is None:
@@ -173,14 +183,21 @@ class CudaOps(AttentionOps):
     ) -> None:
         """out = scale * (W @ x + b), or += with `add`: prompt rows by tiles, generated ones by themselves."""
         name, blocks = FORMATS[matrix.type].name, self._blocks(matrix)
-        weights = (blocks.view(np.uint8), blocks.view(words(name)), 0, matrix.row_bytes, matrix.rows, matrix.cols)
+        weights = (
+            blocks.view(np.uint8),
+            blocks.view(words(name)),
+            0,
+            matrix.row_bytes,
+            matrix.rows,
+            matrix.cols,
+        )
         finish = (*self._vector(bias), add, scale)
         (x, x_at, x_step), (y, y_at, y_step) = inputs, out
         tall, wide = -(-n_prompt // products.TALL), -(-matrix.rows // products.WIDE)
-        products.gemm(name).launch((tall, wide), products.THREADS, *weights, *inputs, *out, n_prompt, *finish)
+        products.gemm(name).launch((tall, wide), THREADS, *weights, *inputs, *out, n_prompt, *finish)
         rest = (x, x_at + n_prompt * x_step, x_step, y, y_at + n_prompt * y_step, y_step, n - n_prompt)
         grid = ((n - n_prompt) * -(-matrix.rows // products.OUTPUTS),)
-        products.gemv(name).launch(grid, products.THREADS, *weights, *rest, *finish)
+        products.gemv(name).launch(grid, THREADS, *weights, *rest, *finish)
 
     def _blocks(self, matrix: Matrix) -> Block:
         """The blocks of a matrix in device memory: copied once where they stay as they are, else for each call."""
@@ -229,7 +246,7 @@ class CudaOps(AttentionOps):
     ) -> None:
         step = dim if norm.weight.ndim == 2 and norm.weight.shape[0] > 1 else 0
         how = (*self._vector(norm.weight), step, *self._vector(norm.bias), norm.eps, norm.kind == "layer")
-        rows.norm.launch((heads, n), rows.THREADS, *x, dim, *how, *out, add, scale)
+        rows.norm.launch((heads, n), THREADS, *x, dim, *how, *out, add, scale)
 
     def rope(
         self,
@@ -250,14 +267,14 @@ class CudaOps(AttentionOps):
         turns = (*self.memory.place(table.cos).floats(), *self.memory.place(table.sin).floats())
         count = n * heads * (table.rot // 2)
         how = (table.rot // 2, pairing == "norm", count)
-        rows.rope.launch(over(count), rows.THREADS, array, at + column, step, heads, dim, *places, *turns, *how)
+        rows.rope.launch(over(count), THREADS, array, at + column, step, heads, dim, *places, *turns, *how)
         self._done()
 
     def scale_add(self, x: Buffer, n: int, out: Buffer, scale: float) -> None:
-        rows.scale_add.launch(over(x.cols, n), rows.THREADS, *self._rows(x), x.cols, *self._rows(out), scale)
+        rows.scale_add.launch(over(x.cols, n), THREADS, *self._rows(x), x.cols, *self._rows(out), scale)
         self._done()
 
     def finish_logits(self, x: Buffer, n: int, scale: float, cap: float) -> None:
         if scale != 1.0 or cap > 0:
-            rows.soft_cap.launch(over(x.cols, n), rows.THREADS, *self._rows(x), x.cols, scale, cap)
+            rows.soft_cap.launch(over(x.cols, n), THREADS, *self._rows(x), x.cols, scale, cap)
         self._done()

@@ -135,7 +135,10 @@ def q3_k(b, h, at, u, w):
     """Blocks of 256: third bits, fields of two bits, 16 scales of six bits, a half."""
     at, e = at + (u >> 5) * 110, u & 31
     s = e >> 1
-    low, high = byte(b, at + 96 + (s & 7)) >> 4 * (s >> 3) & 15, byte(b, at + 104 + (s & 3)) >> 2 * (s >> 2) & 3
+    low, high = (
+        byte(b, at + 96 + (s & 7)) >> 4 * (s >> 3) & 15,
+        byte(b, at + 104 + (s & 3)) >> 2 * (s >> 2) & 3,
+    )
     d = float32(h[(at + 108) >> 1]) * float32((low | high << 4) - 32)
     lift, first, shift = at + 8 * (e & 3), at + 32 + 32 * (e >> 4) + 8 * (e & 3), 2 * (e >> 2 & 3)
     for i in range(8):

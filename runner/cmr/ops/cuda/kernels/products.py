@@ -43,7 +43,9 @@ def gemv(name: str) -> Kernel:
     unpack = unpacker(name)
 
     @kernel(BYTES, flat(words(name)), *_PRODUCT, *_FINISH, name=f"gemv:{name}")
-    def product(b, h, at, row_bytes, rows, cols, x, x_at, x_step, y, y_at, y_step, n, bias, bias_at, add, scale):
+    def product(
+        b, h, at, row_bytes, rows, cols, x, x_at, x_step, y, y_at, y_step, n, bias, bias_at, add, scale
+    ):
         t = cuda.threadIdx.x
         lane, place = t % LANES, t // LANES
         token, o = cuda.blockIdx.x % n, cuda.blockIdx.x // n * OUTPUTS + place
@@ -78,7 +80,9 @@ def gemm(name: str) -> Kernel:
     unpack = unpacker(name)
 
     @kernel(BYTES, flat(words(name)), *_PRODUCT, *_FINISH, name=f"gemm:{name}")
-    def product(b, h, at, row_bytes, rows, cols, x, x_at, x_step, y, y_at, y_step, n, bias, bias_at, add, scale):
+    def product(
+        b, h, at, row_bytes, rows, cols, x, x_at, x_step, y, y_at, y_step, n, bias, bias_at, add, scale
+    ):
         t = cuda.threadIdx.x
         first_token, first_row = cuda.blockIdx.x * TALL, cuda.blockIdx.y * WIDE
         ws = cuda.shared.array((DEEP, WIDE_APART), float32)

@@ -189,12 +189,20 @@ def store(type: str) -> Kernel:
     """Write rows into slots, a thread to a block, or to a value that is no part of one."""
     pack = PACKERS[type]
 
-    @kernel(FLOATS, AT, AT, AT, BYTES, flat(words(type)), AT, AT, AT, AT, AT, AT, AT, AT, AT, name=f"store:{type}")
+    @kernel(
+        FLOATS, AT, AT, AT, BYTES, flat(words(type)), AT, AT, AT, AT, AT, AT, AT, AT, AT, name=f"store:{type}"
+    )
     def stored(x, x_at, x_row, x_head, b, h, at, head, step, first, heads, blocks, values, size, count):
         k = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         if k < count:
             i, g, row = k % blocks, k // blocks % heads, k // blocks // heads
-            pack(x, x_at + row * x_row + g * x_head + i * values, b, h, at + g * head + (first + row) * step + i * size)
+            pack(
+                x,
+                x_at + row * x_row + g * x_head + i * values,
+                b,
+                h,
+                at + g * head + (first + row) * step + i * size,
+            )
 
     return stored
 
