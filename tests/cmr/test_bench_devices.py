@@ -45,17 +45,18 @@ def test_all_that_is_here_is_measured(monkeypatch):
     from cmr.bench import devices
 
     assert measured_devices("portable") == ["portable"]
-    monkeypatch.setattr(devices, "_has_compiler", lambda: True)
+    monkeypatch.setattr(devices, "_has", lambda package: package == "numba")
     monkeypatch.setattr(devices, "cuda_devices", lambda: ["NVIDIA A"])
     assert measured_devices() == ["cpu"]
-    monkeypatch.setattr(devices, "DEVICES", ("cpu", "cuda", "portable"))
+    monkeypatch.setattr(devices, "_has", lambda package: True)
     assert measured_devices() == ["cpu", "cuda"]
     monkeypatch.setattr(devices, "cuda_devices", lambda: [])
-    monkeypatch.setattr(devices, "_has_compiler", lambda: False)
+    assert measured_devices() == ["cpu"]
+    monkeypatch.setattr(devices, "_has", lambda package: False)
     assert measured_devices() == ["portable"]
 
 
-def test_a_device_that_cannot_be_used_is_named(tmp_path, capsys, monkeypatch):
+def test_a_device_that_needs_more_is_named(tmp_path, capsys, monkeypatch):
     from cmr.cli import bench
 
     monkeypatch.setattr(bench, "cuda_devices", lambda: ["NVIDIA A"])
@@ -64,6 +65,6 @@ def test_a_device_that_cannot_be_used_is_named(tmp_path, capsys, monkeypatch):
     flags = ["-p", "0", "-n", "2", "-r", "1", "-t", "1", "-o", "json", "--noise", "1000"]
     assert main(["bench", path, *flags]) == 0
     out, err = capsys.readouterr()
-    assert "NVIDIA A cannot be used yet" in err
+    assert "NVIDIA A is left out, as numba-cuda is missing: pip install 'cmr-runner[cuda]'" in err
     (row,) = json.loads(out)
     assert (row["devices"], row["backends"]) == ("portable", "PORTABLE")

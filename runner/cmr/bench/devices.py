@@ -16,11 +16,11 @@ NAME = 256  # bytes of a device's name
 def measured_devices(asked: str = "auto") -> list[str]:
     """Return the op tables to measure: the one asked for, or for "auto" all that are fast here.
 
-    numpy alone is taken where nothing else can be used, CUDA where there is a table for it and a device.
+    numpy alone is taken where nothing else can be used, CUDA where there are a device and its compiler.
     """
     if asked != "auto":
         return [asked]
-    here = {"cpu": _has_compiler, "cuda": lambda: bool(cuda_devices())}
+    here = {"cpu": lambda: _has("numba"), "cuda": lambda: _has("numba_cuda") and bool(cuda_devices())}
     return [name for name in DEVICES if name in here and here[name]()] or ["portable"]
 
 
@@ -48,5 +48,5 @@ def _names(driver: Any) -> list[str]:
     return names
 
 
-def _has_compiler() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

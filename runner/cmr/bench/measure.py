@@ -183,6 +183,8 @@ def _roofs(
     model: Any, threads: int, settings: Settings, stack: ExitStack
 ) -> Callable[[Case], dict[str, float]]:
     """Make a function that measures the roofs a case is held against."""
+    if settings.roofs and settings.device == "cuda":
+        return lambda case: {"read": model.ops.read_rate()}
     if not settings.roofs or settings.device != "cpu":
         return lambda case: {}
     from cmr.bench.roof import Roof, file_spans

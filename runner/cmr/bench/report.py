@@ -42,7 +42,7 @@ def as_json(path: str, row: Row) -> dict[str, Any]:
         "type_k": None if row.plugins else "f16",
         "type_v": None if row.plugins else "f16",
         "plugins": list(row.plugins),
-        "n_gpu_layers": 0,
+        "n_gpu_layers": 99 if row.device == "cuda" else 0,  # llama-bench's number for all of them
         "use_mmap": row.mapped,
         "n_prompt": case.n_prompt,
         "n_gen": case.n_gen,
@@ -129,7 +129,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['model_size'] / 1e6:.0f} MB",
         str(row["n_threads"]),
         row["test"],
-        row["engine"],
+        row["engine"] if row["devices"] == "cpu" else f"{row['engine']} on {row['devices']}",
         number(row["median_ts"]),
         f"{number(row['min_ts'])} to {number(row['max_ts'])}{marks}",
         roof(row),

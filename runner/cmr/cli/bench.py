@@ -77,7 +77,7 @@ def _side_flags(add: Callable[..., Any]) -> None:
     add("--peer", choices=["llama.cpp"], help="measure llama.cpp in turns on the same file and threads")
     add("--peer-python", metavar="PATH", help="an interpreter that has llama-cpp-python (or CMR_PEER_PYTHON)")
     add("--peer-bench", metavar="PATH", help="a llama-bench program (or CMR_PEER_BENCH)")
-    add("--device", default="auto", metavar="NAME", help="auto (all that is here), cpu or portable")
+    add("--device", default="auto", metavar="NAME", help="auto (all that is here), cpu, cuda or portable")
 
 
 def _other_flags(add: Callable[..., Any]) -> None:
@@ -142,10 +142,12 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _devices(asked: str) -> list[str]:
-    """The devices to measure; says so where there is one that cannot be used."""
+    """The devices to measure; says so where there is one that needs more to be installed."""
     found = measured_devices(asked)
     if asked == "auto" and "cuda" not in found and (names := cuda_devices()):
-        say(f"cmr bench: {', '.join(names)} cannot be used yet: there is no table of operations for CUDA")
+        say(
+            f"cmr bench: {', '.join(names)} is left out, as numba-cuda is missing: pip install 'cmr-runner[cuda]'"
+        )
     return found
 
 

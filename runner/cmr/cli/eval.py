@@ -59,7 +59,9 @@ def _parser() -> Parser:
     _side_flags(parser.add_argument_group("of what, against what").add_argument)
     add = parser.add_argument_group("how").add_argument
     add("-t", "--threads", type=whole(1), metavar="N", help="threads")
-    add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
+    add(
+        "--device", default="cpu", metavar="NAME", help="cpu (compiled), cuda, or portable (numpy only, slow)"
+    )
     add("-o", "--output", choices=["md", "json"], default="md", help="form of the result")
     plot_option(add)
     return parser

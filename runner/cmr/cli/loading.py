@@ -29,6 +29,12 @@ def load(args: argparse.Namespace) -> Model:
             overrides=_overrides(args),
             mapped=not args.no_mmap,
         )
+    if args.gpu_layers and args.gpu_layers < model.n_layers:
+        model.close()
+        raise RequestError(
+            f"-ngl {args.gpu_layers} leaves some of the {model.n_layers} layers to the CPU, and all run on one device; "
+            "try -ngl all"
+        )
     trained = model.config.n_ctx_train
     if args.ctx_size > trained:
         say(f"cmr-run: -c {args.ctx_size} is more than the {trained} tokens that the model was trained with")

@@ -115,11 +115,9 @@ def numbers(low: int | None = None) -> Callable[[str], list[int]]:
     return lambda text: [one(word) for word in text.split(",")]
 
 
-def gpu_layers(text: str) -> int:
-    """Read how many layers go on a GPU: a number, or auto; refuse what needs one."""
-    if text == "all" or (text != "auto" and whole()(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text} asks for a GPU, and none can be used yet; try -ngl 0")
-    return 0
+def gpu_layers(text: str) -> int | None:
+    """Read how many layers go on a GPU: a number, "all" (which is very many), or "auto" for no wish."""
+    return None if text == "auto" else sys.maxsize if text == "all" else whole(0)(text)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -162,9 +160,11 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads to read prompts with (default: -t)",
     )
-    add("--device", default="cpu", metavar="NAME", help="cpu (compiled) or portable (numpy only, slow)")
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, default=0, metavar="N",
-        help="layers on a GPU: 0 or auto, until there is a device table for one")  # fmt: skip
+    add(
+        "--device", default="cpu", metavar="NAME", help="cpu (compiled), cuda, or portable (numpy only, slow)"
+    )
+    add("-ngl", "--gpu-layers", "--n-gpu-layers", type=gpu_layers, metavar="N",
+        help="layers on a GPU: 0, or all with --device cuda; auto: as --device says")  # fmt: skip
     add("--mlock", action="store_true", help="keep the file's pages in memory")
     add("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     add("--rope-scaling", choices=["none", "linear", "yarn"], help="how positions beyond training are scaled")
@@ -230,9 +230,18 @@ def refuse_unmet(args: argparse.Namespace) -> None:
     args.model = args.model or args.model_flag
     if not args.model:
         raise RequestError('a model is needed, as in: cmr-run model.gguf -p "Once upon a time"')
+    if args.gpu_layers is not None and (args.gpu_layers > 0) != (args.device == "cuda"):
+        raise RequestError(
+            f"{_layers(args.gpu_layers)} contradicts --device {args.device}: all layers run on one device, "
+            "on a GPU with --device cuda"
+        )
     if args.rope_scale is not None and args.rope_scaling in (None, "none"):
         raise RequestError("--rope-scale needs --rope-scaling linear or yarn")
     if args.no_conversation and (args.chat or args.single_turn or args.system_prompt):
         raise RequestError("--no-conversation contradicts the chat flags beside it")
     if args.prompt is not None and args.file is not None:
         raise RequestError("both -p and -f give a prompt; choose one")
+
+
+def _layers(count: int) -> str:
+    return f"-ngl {'all' if count == sys.maxsize else count}"

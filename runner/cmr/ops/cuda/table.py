@@ -58,19 +58,20 @@ class CudaOps(AttentionOps):
         self.memory.close()
 
     def read_rate(self, nbytes: int = 1 << 28, seconds: float = 0.04) -> float:
-        """Return the bytes of device memory that are read a second, in one stream."""
+        """Return the bytes of device memory that are read a second, in one stream of up to `nbytes`."""
+        nbytes = min(nbytes, self.memory.device.room()[0] // 2)
+        blocks = min(reading.BLOCKS, -(-nbytes // (4 * THREADS)))
         x = self.memory.scratch("read", nbytes).view(np.int32)
-        out = self.memory.scratch("read sums", 4 * reading.BLOCKS * THREADS).view(np.int32)
-        done, passed = 0, 0.0
-        while passed < seconds:
-            reading.mixed.launch((reading.BLOCKS,), THREADS, x, nbytes // 4, out)
+        sums = self.memory.scratch("read sums", 4 * blocks * THREADS).view(np.int32)
+        started, done = None, 0  # the first launch compiles
+        while started is None or perf_counter() - started < seconds:
+            reading.mixed.launch((blocks,), THREADS, x, nbytes // 4, blocks * THREADS, sums)
             self.memory.wait()
-            if done == 0:  # the first launch compiles
+            if started is None:
                 started = perf_counter()
             else:
-                passed = perf_counter() - started
-            done += nbytes
-        return (done - nbytes) / passed
+                done += nbytes
+        return done / (perf_counter() - started)
 
     # -- records --
 

@@ -7,14 +7,14 @@ from numba import cuda, int32
 from cmr.ops.cuda.kernels.compiler import AT, INTS, kernel
 
 THREADS = 128
-BLOCKS = 4096
+BLOCKS = 4096  # as many as keep a large device busy
 
 
-@kernel(INTS, AT, INTS)
-def mixed(x, n, out):
-    """Read n ints, and leave an exclusive or of those that each thread has read. Grid: blocks."""
+@kernel(INTS, AT, AT, INTS)
+def mixed(x, n, threads, out):
+    """Read n ints by so many threads, each of which leaves an exclusive or of its own."""
     t = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     total = int32(0)
-    for i in range(t, n, BLOCKS * THREADS):
+    for i in range(t, n, threads):
         total ^= x[i]
     out[t] = total
