@@ -72,6 +72,7 @@ def compiled(function, generator):
         names = {**function.__globals__, **closure.nonlocals, "cuda": THREAD}
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         tree.body[0].decorator_list = []
+        ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
         inner = {name: device.fn for name, device in names.items() if hasattr(device, "fn")}
         tree = ast.fix_missing_locations(Waits({name for name in inner if waits(inner[name])}).visit(tree))
         if generator:

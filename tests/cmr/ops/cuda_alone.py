@@ -59,8 +59,30 @@ def test_operations_run_ahead_only_where_they_may(ops):
     np.testing.assert_array_equal(x.array, 16)
 
 
+def test_memory_is_freed_when_no_kernel_needs_it(ops):
+    x, y = ops.buffer(2, 8), ops.buffer(2, 8)
+    x.array[:], y.array[:] = 3, 1
+    with ops.ahead():
+        ops.scale_add(x, 2, y, 1.0)
+        del x
+        gc.collect()
+        np.testing.assert_array_equal(y.array, 4)  # so it has been waited for
+
+
+def test_numpy_waits_for_kernels_before_it(ops, tmp_path):
+    tensor = {"w": np.ones((3, 20), np.float32)}
+    matrix = ops.matrix(open_gguf(write_gguf(tmp_path / "m.gguf", {}, tensor)).tensors["w"])
+    x, y = ops.buffer(2, 20), ops.buffer(2, 3)
+    x.array[:] = 1
+    with ops.ahead():
+        ops.scale_add(x, 2, x, 1.0)
+        ops.project(x, 2, 1, [(matrix, None)], y)
+        ops.scale_add(y, 2, y, 1.0)
+    np.testing.assert_array_equal(y.array, 80)
+
+
 def test_weights_are_copied_once(ops, tmp_path):
-    tensor = {"w": random_tensor(np.random.default_rng(0), "Q4_K", 4, 256)}
+    tensor = {"w": random_tensor(np.random.default_rng(0), "Q4_K", 4, 256, 0.05)}
     matrix = ops.matrix(open_gguf(write_gguf(tmp_path / "m.gguf", {}, tensor)).tensors["w"])
     x, y = ops.buffer(1, 256), ops.buffer(1, 4)
     ops.project(x, 1, 0, [(matrix, None)], y)

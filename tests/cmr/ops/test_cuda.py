@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(device.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="device 'cuda' needs an NVIDIA GPU and its driver, and finds none"):
+        open_ops("cuda")
+    monkeypatch.setattr(device.cuda, "is_available", lambda: True)
+    found = SimpleNamespace(name=b"NVIDIA A", MANAGED_MEMORY=0, CONCURRENT_MANAGED_ACCESS=0)
+    monkeypatch.setattr(device.cuda, "get_current_device", lambda: found, raising=False)
+    with pytest.raises(ModelError, match="NVIDIA A cannot share memory with the host, which CMR needs"):
+        open_ops("cuda")
+    found.MANAGED_MEMORY = 1
+    monkeypatch.setattr(device.cuda, "jit", lambda signature: bytes.fromhex)
+    with pytest.raises(
+        ModelError, match="kernels cannot be compiled for NVIDIA A: .*; a driver for CUDA 13 and"
+    ):
         open_ops("cuda")
 
 

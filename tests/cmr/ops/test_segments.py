@@ -76,6 +76,12 @@ def test_every_type_is_read(ops, types, prompt):
 
 
 @roles
+def test_scores_of_hundreds(ops, prompt):
+    """Whose exponentials would be infinite, were they not taken of what is below the largest."""
+    check(ops, [segment_of(ops)], AttnRule(scale=60.0), prompt, rtol=1e-4)
+
+
+@roles
 def test_turned_keys_and_values_are_turned_back(ops, prompt):
     check(ops, [segment_of(ops, "Q8_0", "F16", turned_k=True, turned_v=True)], prompt=prompt)
 

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 import numpy as np
-from numba import config, cuda
+from numba import config, cuda, types
 
 from cmr.errors import ModelError
 from cmr.ops.records import ALIGNMENT
@@ -36,6 +36,14 @@ class Device:
         if not device.MANAGED_MEMORY:
             raise ModelError(f"{self.name} cannot share memory with the host, which CMR needs; {INSTEAD}")
         self.concurrent = bool(device.CONCURRENT_MANAGED_ACCESS)
+        try:
+            cuda.jit(types.void())(_nothing)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise ModelError(
+                f"kernels cannot be compiled for {self.name}: {reason[0]:.200}; a driver for CUDA 13 and "
+                f"pip install 'cmr-runner[cuda]' bring what that takes; {INSTEAD}"
+            ) from None
 
     def managed(self, nbytes: int) -> tuple[np.ndarray, Any]:
         """Make memory that host and device see: as uint8 [nbytes] for the one and for the other."""
@@ -68,6 +76,10 @@ class Simulated:
     def room(self) -> tuple[int, int]:
         """Say that there is no end of memory."""
         return 1 << 60, 1 << 60
+
+
+def _nothing() -> None:
+    """A kernel that tells whether kernels can be compiled."""
 
 
 def open_device() -> Any:
