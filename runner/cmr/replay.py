@@ -235,7 +235,10 @@ class Replay:
             self._recording.cut(function, args, answer)
 
     def attend(self, step: Any, number: int, layer: int, attend: Any, pos: Any, heads: Any) -> None:
-        """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways."""
+        """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways.
+
+        What a cache without a layout does before and between its jobs may take Python, which a recording leaves out.
+        """
         cache, recording = step.parts[number].seq.caches[layer], self._recording
         args = (number, layer, attend, pos, *heads)
         jobs = by_rule(attend) and _replayable(cache)

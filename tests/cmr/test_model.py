@@ -189,7 +189,7 @@ def test_an_unsupported_model_is_closed_again(tmp_path, device, monkeypatch):
 
 
 def test_an_unknown_device_is_refused(tmp_path):
-    with pytest.raises(CMRError, match="device 'abacus' is not supported; there are: cpu, portable"):
+    with pytest.raises(CMRError, match="device 'abacus' is not supported; there are: cpu, cuda, portable"):
         open_model(write_model(tmp_path / "m.gguf", Recipe()), device="abacus")
 
 

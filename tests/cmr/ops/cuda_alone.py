@@ -1,11 +1,14 @@
 """What only the table for CUDA has: run by test_cuda.py, in the simulator or on a device."""
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tests.beside import TINY
 from tests.ggufs import random_tensor, write_gguf
 
+from cmr.bench.measure import _roofs
 from cmr.errors import ModelError
 from cmr.gguf_file import open_gguf
 from cmr.ops import open_ops
@@ -85,6 +88,7 @@ def test_weights_are_copied_once(ops, tmp_path):
     tensor = {"w": random_tensor(np.random.default_rng(0), "Q4_K", 4, 256, 0.05)}
     matrix = ops.matrix(open_gguf(write_gguf(tmp_path / "m.gguf", {}, tensor)).tensors["w"])
     x, y = ops.buffer(1, 256), ops.buffer(1, 4)
+    x.array[:] = 1
     ops.project(x, 1, 0, [(matrix, None)], y)
     held = matrix.cache["device"]
     ops.project(x, 1, 1, [(matrix, None)], y)
@@ -110,3 +114,18 @@ def test_reading_is_measured_and_reads_everything(ops):
     ops.read_rate(1 << 12, 1e-3)
     sums = ops.memory.scratch("read sums", 0).view(np.int32).copy_to_host()
     assert np.bitwise_xor.reduce(sums) == np.bitwise_xor.reduce(x)
+
+
+def test_some_layers_alone_are_refused(ops, capsys):
+    from cmr.cli.run import main
+
+    assert main([str(TINY), "-p", "x", "--device", "cuda", "-ngl", "2"]) == 2
+    assert (
+        "-ngl 2 leaves some of the 6 layers to the CPU, and all run on one device" in capsys.readouterr().err
+    )
+
+
+def test_the_roof_of_a_benchmark_is_the_rate_of_the_device(ops, monkeypatch):
+    settings = SimpleNamespace(roofs=True, device="cuda")
+    monkeypatch.setattr(ops, "read_rate", lambda: 5e11)
+    assert _roofs(SimpleNamespace(ops=ops), 1, settings, None)(None) == {"read": 5e11}

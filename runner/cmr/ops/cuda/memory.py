@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -67,8 +67,8 @@ class Memory:
 
     def __init__(self, device: Any) -> None:
         self.device = device
-        self._lock = threading.RLock()
-        self._starts: list[int] = []
+        self._lock = threading.RLock()  # arrays may be freed by any thread, and while another is made
+        self._starts: list[int] = []  # replaced, never changed, so that find() needs no lock
         self._blocks: dict[int, Block] = {}
         self._copies: dict[tuple[int, int], tuple[bytes, Block]] = {}
         self._scratch: dict[str, Block] = {}
@@ -86,8 +86,8 @@ class Memory:
             host[:] = 0
         address = host.ctypes.data
         with self._lock:
-            insort(self._starts, address)
             self._blocks[address] = Block(array)
+            self._starts = sorted((*self._starts, address))
         finalize(host.base, self._forget, address).atexit = False  # the base is what views keep alive
         return host.view(dtype).reshape(shape)
 
@@ -99,14 +99,11 @@ class Memory:
 
     def find(self, array: np.ndarray) -> Place | None:
         """Return where an array lies; None for one that only the host sees."""
-        address = array.__array_interface__["data"][0]
-        with self._lock:
-            index = bisect_right(self._starts, address) - 1
-            if index < 0:
-                return None
-            start = self._starts[index]
-            block = self._blocks[start]
-        return Place(block, address - start, array.strides) if address - start < block.nbytes else None
+        address, starts = array.__array_interface__["data"][0], self._starts
+        index = bisect_right(starts, address) - 1
+        block = self._blocks.get(starts[index]) if index >= 0 else None
+        at = address - starts[index] if block is not None else 0
+        return None if block is None or at >= block.nbytes else Place(block, at, array.strides)
 
     def place(self, array: np.ndarray, result: bool = False) -> Place:
         """Return where the device finds an array, copied there if need be; a result goes back in settle()."""
@@ -166,7 +163,7 @@ class Memory:
         """Let a block go that is about to be freed, once no kernel reads or writes it."""
         self.wait()
         with self._lock:
-            self._starts.remove(address)
+            self._starts = [start for start in self._starts if start != address]
             del self._blocks[address]
 
     def _allocated(self, make: Any, *args: Any, size: int | None = None) -> Any:
