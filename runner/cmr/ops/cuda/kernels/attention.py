@@ -101,9 +101,49 @@ def block_max(sums, t, value):
 
 
 @cache
+def scorer(type: str) -> Any:
+    """Return the function that multiplies a query, float32 [dim], shared, by the key of a slot."""
+    read = reader(type)
+
+    @inline
+    def score(b, h, at, step, slot, dim, query):
+        w = cuda.local.array(UNIT, float32)
+        total = float32(0)
+        for u in range(dim // UNIT):
+            read(b, h, at, step, slot, dim, u, w)
+            for i in range(UNIT):
+                total = cuda.fma(query[UNIT * u + i], w[i], total)
+        return total
+
+    return score
+
+
+@cache
+def mixer(type: str) -> Any:
+    """Return the function that leaves in `mixed` sums of values under weights, each of every so many slots."""
+    read = reader(type)
+
+    @inline
+    def mix(b, h, at, step, start, count, dim, weights, mixed, u, lane, lanes):
+        w = cuda.local.array(UNIT, float32)
+        total = cuda.local.array(UNIT, float32)
+        for i in range(UNIT):
+            total[i] = float32(0)
+        for s in range(lane, count, lanes):
+            if weights[s] > float32(0):
+                read(b, h, at, step, start + s, dim, u, w)
+                for i in range(UNIT):
+                    total[i] = cuda.fma(weights[s], w[i], total[i])
+        for i in range(UNIT):
+            mixed[lane * dim + UNIT * u + i] = total[i]
+
+    return mix
+
+
+@cache
 def generated(k_type: str, v_type: str) -> Kernel:
     """Partial results of single rows, each over one piece of PIECE slots. Grid: pieces, heads, rows."""
-    read_k, read_v = reader(k_type), reader(v_type)
+    score, mix = scorer(k_type), mixer(v_type)
 
     @kernel(*segment(k_type, v_type), *QUERY, *RULE, *PARTIAL, name=f"generated:{k_type}:{v_type}")
     def attend(
@@ -117,8 +157,6 @@ def generated(k_type: str, v_type: str) -> Kernel:
         weights = cuda.shared.array(PIECE, float32)
         sums = cuda.shared.array(SUMS, float32)
         mixed = cuda.shared.array(MIXED, float32)
-        w = cuda.local.array(UNIT, float32)
-        total = cuda.local.array(UNIT, float32)
         for i in range(t, dim, THREADS):
             query[i] = q[q_at + row * q_row + head * q_head + i]
         cuda.syncthreads()
@@ -126,45 +164,29 @@ def generated(k_type: str, v_type: str) -> Kernel:
         p = q_pos[q_pos_at + row]
         low = bound(low_age, low_start, p) if low_age >= 0 else 0
         high = bound(high_age, high_start, p) if high_age >= 0 else FOREVER
-        found = float32(NOTHING)
+        top = float32(NOTHING)
         for s in range(t, PIECE, THREADS):
-            score = float32(NOTHING)
+            weights[s] = float32(NOTHING)
             if s < count and sees(pos[pos_at + group * pos_head + start + s], p, window, sinks, low, high):
-                score = float32(0)
-                for u in range(dim // UNIT):
-                    read_k(kb, kh, k_at + group * k_head, k_step, start + s, dim, u, w)
-                    for i in range(UNIT):
-                        score = cuda.fma(query[UNIT * u + i], w[i], score)
-                score = capped(score * scale, softcap)
-            weights[s] = score
-            found = max(found, score)
-        found = block_max(sums, t, found)
-        weight = float32(0)
+                product = score(kb, kh, k_at + group * k_head, k_step, start + s, dim, query)
+                weights[s] = capped(product * scale, softcap)
+            top = max(top, weights[s])
+        top = block_max(sums, t, top)
+        total = float32(0)
         for s in range(t, PIECE, THREADS):
-            weights[s] = (
-                float32(math.exp(weights[s] - found)) if weights[s] > float32(NOTHING) else float32(0)
-            )
-            weight += weights[s]
-        weight = block_sum(sums, t, weight)
+            seen = weights[s] > float32(NOTHING)
+            weights[s] = float32(math.exp(weights[s] - top)) if seen else float32(0)
+            total += weights[s]
+        total = block_sum(sums, t, total)
+        lanes = THREADS // (dim_v // UNIT)
+        u, lane = t % (dim_v // UNIT), t // (dim_v // UNIT)
+        if lane < lanes:
+            mix(vb, vh, v_at + group * v_head, v_step, start, count, dim_v, weights, mixed, u, lane, lanes)
+        cuda.syncthreads()
         there = ((row * heads + head) * every + first + cuda.blockIdx.x) * (dim_v + 2)
         if t == 0:
-            partial[there] = found
-            partial[there + 1] = weight
-        units = dim_v // UNIT
-        lanes = THREADS // units
-        u, lane = t % units, t // units
-        for i in range(UNIT):
-            total[i] = float32(0)
-        if lane < lanes and weight > float32(0):
-            for s in range(lane, count, lanes):
-                if weights[s] > float32(0):
-                    read_v(vb, vh, v_at + group * v_head, v_step, start + s, dim_v, u, w)
-                    for i in range(UNIT):
-                        total[i] = cuda.fma(weights[s], w[i], total[i])
-        if lane < lanes:
-            for i in range(UNIT):
-                mixed[lane * dim_v + UNIT * u + i] = total[i]
-        cuda.syncthreads()
+            partial[there] = top
+            partial[there + 1] = total
         for i in range(t, dim_v, THREADS):
             value = float32(0)
             for k in range(lanes):
