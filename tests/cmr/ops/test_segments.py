@@ -77,6 +77,11 @@ def test_every_type_is_read(ops, types, prompt):
 
 
 @roles
+def test_sinks_far_outside_a_window(ops, prompt):
+    check(ops, [segment_of(ops)], AttnRule(window=8, sinks=3), prompt)
+
+
+@roles
 def test_scores_of_hundreds(ops, prompt):
     """Whose exponentials would be infinite, were they not taken of what is below the largest."""
     check(ops, [segment_of(ops)], AttnRule(scale=60.0), prompt)
@@ -164,7 +169,7 @@ def test_pages(ops):
 
 
 @roles
-@pytest.mark.parametrize("dim", [20, 320])
+@pytest.mark.parametrize("dim", [20, 136, 320])
 def test_heads_of_odd_and_large_sizes(ops, prompt, dim):
     k, v = floats(2, 1, 24, dim)
     segment = Segment(k, v, np.arange(24, dtype=np.int32), 24)

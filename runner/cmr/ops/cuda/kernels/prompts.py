@@ -158,8 +158,6 @@ def prompt(k_type: str, v_type: str) -> Kernel:
                 load_v(vb, vh, v_at + group * v_head, v_step, start, size, dim_v, c, held, t)
                 cuda.syncthreads()
                 mix(weights, held, mixed, factors[r], r, lane, c, dim_v, size)
-            cuda.syncthreads()
-        cuda.syncthreads()
         if begin + r < n:
             there = (((begin + r) * heads + head) * every + first) * (dim_v + 2)
             if lane == 0:
