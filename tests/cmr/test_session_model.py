@@ -1,6 +1,9 @@
 """The same exactness on a real model: what shares a step, or was given up and fed again, changes no token."""
 
+import tracemalloc
+
 import pytest
+from tests.cli_runs import bundled
 from tests.toy import Copies, Drafts, Together
 
 import cmr
@@ -88,3 +91,21 @@ def test_an_interrupted_step_is_undone(models, device):
             interrupted += 1
     assert interrupted == 2
     assert seq.new == answers(Session.open(model), temp=0.0)[0]
+
+
+def test_tokens_allocate_nothing_but_their_numbers():
+    """After warm-up, 30 tokens take less memory at any moment, their numbers included, than two rows of activations."""
+    model = cmr.open_model(bundled(), threads=2)
+    request = cmr.Request(list(range(1, 17)), 200, cmr.SamplerSettings(temp=0.0), stop_ids=frozenset())
+    tokens = Session.open(model).generate(request)
+    for _ in range(60):
+        next(tokens)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(30):
+        next(tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tokens.close()
+    model.close()
+    assert peak - before < 2 * 4 * max(model.config.n_ff)
