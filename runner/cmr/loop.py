@@ -21,6 +21,8 @@ class Loop:
         self.model, self.plan, self.scheduler, self.context = model, plan, plan.scheduler, context
         self._trusted = plan.owners["scheduler"] == ("built in",)
         self._drafts = plan.drafter is not None
+        self._numbers = np.arange(context, dtype=np.int32)  # of which positions are stretches
+        self._numbers.flags.writeable = False
         self.running: dict[Sequence, None] = {}
         self.figures = Figures()
         self.stepping = False
@@ -127,7 +129,9 @@ class Loop:
         if want and not prompt and self._drafts:
             draft = self._draft(seq, min(limit - len(tokens), seq.limit - end - 1))
             tokens, want = tokens + draft, 1 + len(draft)
-        pos = np.arange(start, start + len(tokens), dtype=np.int32)
+        stop = start + len(tokens)
+        # Where a plugin lets the context go on, positions do too.
+        pos = self._numbers[start:stop] if stop <= self.context else np.arange(start, stop, dtype=np.int32)
         return Part(seq, np.array(tokens, np.int32), pos, draft, prompt, want)
 
     def _draft(self, seq: Sequence, room: int) -> list[int]:
@@ -183,7 +187,7 @@ class Loop:
             for hook in self.plan.on_logits:
                 hook(seq, draft, logits)
             for row in range(part.want):
-                token = seq.sampler.sample(logits[row], seq.tokens, seq.n_new)
+                token = seq.sampler.sample(logits[row], seq.tokens, len(seq.tokens) - seq.n_prompt)
                 part.accepted.append(token)
                 if self._take(seq, token) or row == len(draft) or token != draft[row]:
                     return

@@ -184,9 +184,10 @@ class Session:
                 if seq.stop is None:
                     self.loop.add(seq)
             yield
+            step = self.step if self._idle else self.loop.step
             for seq in seqs:
                 while seq.stop is None:
-                    self.step()
+                    step()
                     yield
         finally:
             for seq in seqs:

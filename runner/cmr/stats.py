@@ -26,13 +26,15 @@ class Figures:
     def count(self, step: Any, seconds: float) -> None:
         """Add one finished step, which took so many seconds from picking to acceptance."""
         self.steps += 1
-        share = 1.0
         if step.n_prompt:
-            share = 1 - step.n_prompt / len(step.tokens)
+            share = step.n_prompt / len(step.tokens)
             self.prompt_tokens += step.n_prompt
-            self.prompt_seconds += seconds * (1 - share)
-        self.decode_seconds += seconds * share
-        self.decode_steps += share
+            self.prompt_seconds += seconds * share
+            self.decode_seconds += seconds * (1 - share)
+            self.decode_steps += 1 - share
+        else:
+            self.decode_seconds += seconds
+            self.decode_steps += 1
         for part in step.parts:
             gained = len(part.accepted)
             self.tokens += gained
