@@ -174,5 +174,5 @@ class AttentionOps(Launcher):
 
 def _fits(dim: int, dim_v: int, prompt: bool) -> bool:
     """Whether kernels take heads of these sizes."""
-    longest = prompts.WIDEST if prompt else attention.LONGEST
-    return dim % UNIT == 0 and dim_v % UNIT == 0 and dim <= attention.LONGEST and dim_v <= longest
+    longest = prompts.WIDEST if prompt else rows.LONGEST
+    return dim % UNIT == 0 and dim_v % UNIT == 0 and dim <= rows.LONGEST and dim_v <= longest

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from cmr.ops.cuda.device import open_device
+from cmr.ops.cuda.kernels.compiler import THREADS
 from cmr.ops.cuda.memory import Memory
 from cmr.ops.portable import PortableOps
-
-THREADS = 128  # of a block, in every kernel
 
 
 def over(count: int, *others: int) -> tuple[int, ...]:

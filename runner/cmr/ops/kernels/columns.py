@@ -4,11 +4,10 @@ from llvmlite import ir
 
 from cmr.quants import IQ4_LEVELS
 
-from .stored import BLOCKS
+from .stored import BLOCKS, FIFTH, ZERO
 from .vector import I8, I16, I32, I64, fill, vec
 
 LANES = 16
-FIFTH = {"Q5_0": 2, "Q5_1": 4}  # where a block's fifth bits lie
 
 
 def columns(v, type, blocks):
@@ -16,14 +15,14 @@ def columns(v, type, blocks):
     start = BLOCKS[type][1]
     if type == "Q8_0":
         raw = _quarters(v, blocks, start) + _quarters(v, blocks, start + 16)
-        return [v.b.xor(v.cast(x, I8, 64), fill(I8, 64, 128)) for x in raw]
+        return [v.b.xor(v.cast(x, I8, 64), fill(I8, 64, ZERO[type])) for x in raw]
     if type == "Q2":
         raw = _eighths(v, blocks, start)
         return [_field(v, raw[i % 2], 2 * (i // 2), 3) for i in range(8)]
     raw = _quarters(v, blocks, start)
     fours = [_field(v, x, shift, 15) for shift in (0, 4) for x in raw]
     if type == "IQ4_NL":
-        return [v.lookup16([level + 128 for level in IQ4_LEVELS], x) for x in fours]
+        return [v.lookup16([level + ZERO[type] for level in IQ4_LEVELS], x) for x in fours]
     if type in FIFTH:
         bits = _lanes(v, blocks, FIFTH[type], I32)
         return [v.b.or_(x, _fifths(v, bits, 4 * i)) for i, x in enumerate(fours)]

@@ -40,7 +40,6 @@ def note_wait(v, here, since):
 def members(v, here, team):
     """How many of a team take part now; one more than before where the time of fewer is over."""
     most, count = v.load(v.add(here, MOST), I64), v.variable(team)
-    v.set(count, team)
     with v.when(v.compare(most, "!=", 0)):
         left = v.sub(v.load(v.add(here, UNTIL), I64), clock(v))
         # More than there was at first: the clock of another processor, perhaps.

@@ -6,19 +6,19 @@ a slot's weight is multiplied by its scale first.
 """
 
 from .attention import PIECE
-from .columns import columns, half_column
+from .columns import LANES, columns, half_column
 from .emit import emitter
 from .product import AHEAD
 from .stored import BLOCK, BLOCKS, WITH_MINIMUM, ZERO, whole
 from .vector import F32, I8, I32, I64, const, fill, vec
 
-LANES, CHUNK = 16, 64
+CHUNK = 64  # slots whose weights are scaled before their values are read
 # A query's block: its upper bytes, its lower bytes, minus zero times their sum (int32), scale, sum of the block.
 UPPER, LOWER, OFFSET, SCALE, TOTAL, RECORD = 0, 32, 64, 68, 72, 128
 STEPS = 127 * 128
 
 
-class Tiles:
+class _Rows:
     """Rows of a piece, 16 at a time; where fewer are left, from a copy with zeros behind them."""
 
     def __init__(self, v, base, row_bytes, count):
@@ -29,7 +29,7 @@ class Tiles:
         v.clear(self.copy, v.mul(row_bytes, LANES))
         v.copy(self.copy, v.add(base, v.mul(self.whole, row_bytes)), v.mul(left, row_bytes))
 
-    def rows(self, slot, at):
+    def at(self, slot, at):
         """The addresses of what lies `at` bytes from the start of 16 rows from a slot on, a multiple of 16."""
         v = self.v
         there = v.add(self.base, v.mul(slot, self.row_bytes))
@@ -65,11 +65,11 @@ def scores_of_blocks(v, args, heads, type):
     records = [v.add(v.room(v.mul(each, heads)), v.mul(each, h)) for h in range(heads)]
     for h, record in enumerate(records):
         _divide_query(v, v.load(v.add(queries, 8 * h), I64), dim, type, record)
-    tiles, size = Tiles(v, k, row_bytes, count), BLOCKS[type][0]
+    rows, size = _Rows(v, k, row_bytes, count), BLOCKS[type][0]
     with v.loop(0, count, LANES) as slot:
         accs = [v.variable(fill(F32, LANES, 0.0)) for _ in range(heads)]
         with v.loop(0, v.b.lshr(dim, v.i(5))) as block:
-            here = tiles.rows(slot, v.mul(block, size))
+            here = rows.at(slot, v.mul(block, size))
             for row in here:
                 v.prefetch(v.add(row, AHEAD))
             u, scale = columns(v, type, here), half_column(v, here, 0)
@@ -137,7 +137,7 @@ def mix_of_blocks(v, args, heads, blocks, type):
     """Weighted sums of value rows: as attention.mix."""
     p, values, row_bytes, count, dim, out, out_stride = args[:7]
     heads, pairs, size = int(heads), int(blocks) // 2, BLOCKS[type][0]
-    tiles = Tiles(v, values, row_bytes, count)
+    rows = _Rows(v, values, row_bytes, count)
     scaled = [[v.scratch(4 * CHUNK) for _ in range(pairs)] for _ in range(heads)]
     with v.loop(0, dim, BLOCK * pairs) as d:
         sums, at = _Sums(v, heads, pairs), v.mul(v.b.lshr(d, v.i(5)), size)
@@ -146,7 +146,7 @@ def mix_of_blocks(v, args, heads, blocks, type):
             with v.loop(0, some, LANES) as s:
                 slot = v.add(start, s)
                 weights = _weights(v, p, heads, slot, count)
-                _scale(v, type, tiles.rows(slot, at), weights, scaled, s, sums)
+                _scale(v, type, rows.at(slot, at), weights, scaled, s, sums)
             with v.loop(0, some) as s:
                 row = v.add(values, at, v.mul(v.add(start, s), row_bytes))
                 for b in range(pairs):

@@ -16,6 +16,7 @@ BLOCK = 32
 BLOCKS = {"Q8_0": (34, 2), "Q5_1": (24, 8), "Q5_0": (22, 6), "Q4_1": (20, 4), "Q4_0": (18, 2)}
 BLOCKS |= {"IQ4_NL": (18, 2), "Q2": (12, 4)}
 WITH_MINIMUM = ("Q5_1", "Q4_1", "Q2")
+FIFTH = {"Q5_0": 2, "Q5_1": 4}  # where a block's fifth bits lie
 # Unsigned bytes of a block that stand for 0.
 ZERO = dict.fromkeys(BLOCKS, 0) | {"Q8_0": 128, "IQ4_NL": 128, "Q5_0": 16, "Q4_0": 8}
 
@@ -55,8 +56,8 @@ def whole(v, type, block):
     if type in ("Q4_0", "IQ4_NL") and TARGET.wide:
         table = const(F32, map(float, IQ4_LEVELS) if type == "IQ4_NL" else map(float, range(-8, 8)))
         return [v.call("llvm.x86.avx512.permvar.sf.512", table.type, table, x) for x in (low, high)]
-    if type in ("Q5_0", "Q5_1"):
-        bits = v.load(v.add(block, 2 if type == "Q5_0" else 4), I32)
+    if type in FIFTH:
+        bits = v.load(v.add(block, FIFTH[type]), I32)
         low, high = (_with_fifth(v, x, bits, at) for x, at in ((low, 0), (high, 16)))
     zero = ZERO[type]
     return [v.to_float(v.b.sub(x, fill(I32, 16, zero)) if zero else x) for x in (low, high)]

@@ -137,13 +137,11 @@ def _launch(v, control, kernel, argument, team):
 def _run_job(v, control, kernel, argument, team, counters, launched):
     """Run a job as its first thread; 0 when done, else how many workers must be woken first."""
     asleep, members, here = v.variable(I64(0)), v.variable(team), v.add(control, CROWD)
-    v.set(asleep, I64(0))
-    v.set(members, v.i(team))
     with v.b.if_else(v.compare(launched, "==", 0)) as (fresh, called):
         with fresh:
             with v.loop(0, counters) as i:
                 _write(v, v.add(control, COUNTERS, v.mul(i, LINE)), 0)
-            # Job 0 ends the workers, whoever is late.
+            # No kernel ends the workers: all of them, whoever is late.
             with v.when(v.b.and_(v.compare(team, ">", 1), v.compare(kernel, "!=", 0))):
                 v.set(members, crowd.members(v, here, team))
             with v.when(v.compare(v.get(members), ">", 1)):

@@ -13,18 +13,25 @@ from typing import Any
 
 from numba import cuda, float32
 
-from cmr.ops.cuda.kernels.compiler import AT, BYTES, FLOATS, INTS, REAL, Kernel, flat, inline, kernel
+from cmr.ops.cuda.kernels.compiler import (
+    AT,
+    BYTES,
+    FLOATS,
+    INTS,
+    REAL,
+    THREADS,
+    Kernel,
+    flat,
+    inline,
+    kernel,
+)
 from cmr.ops.cuda.kernels.formats import UNIT, byte, unpacker, words
-from cmr.ops.cuda.kernels.rows import SUMS, block_sum
-from cmr.ops.records import PIECE
+from cmr.ops.cuda.kernels.rows import LANES, LONGEST, SUMS, block_sum
+from cmr.ops.records import AGES, PIECE
 
-THREADS = 128
-LANES = 32
 MIXED = THREADS * UNIT
-LONGEST = 512  # the most values of a key or value of a generated row
 NOTHING = -math.inf
 FOREVER = 1 << 40  # a position that no token has
-AGES = 64
 
 
 # Keys, values: bytes, words, first byte, bytes of heads, bytes of slots. Positions: ints, first, stride of heads.

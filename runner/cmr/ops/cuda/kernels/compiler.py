@@ -11,6 +11,7 @@ import numpy as np
 from numba import cuda, float32, from_dtype, int64, types
 
 AT, REAL = int64, float32
+THREADS = 128  # of a block, in every kernel
 
 inline = cuda.jit(device=True)
 

@@ -6,10 +6,20 @@ from functools import cache
 
 from numba import cuda, float32
 
-from cmr.ops.cuda.kernels.compiler import AT, BYTES, FLOATS, LONGS, REAL, Kernel, flat, inline, kernel
+from cmr.ops.cuda.kernels.compiler import (
+    AT,
+    BYTES,
+    FLOATS,
+    LONGS,
+    REAL,
+    THREADS,
+    Kernel,
+    flat,
+    inline,
+    kernel,
+)
 from cmr.ops.cuda.kernels.formats import UNIT, unpacker, words
 
-THREADS = 128
 LANES = 32  # threads that share an output of a generated token
 OUTPUTS = THREADS // LANES  # outputs of a block
 WIDE, TALL, DEEP = 64, 32, 32  # outputs, tokens and columns of a tile

@@ -14,14 +14,13 @@ from cmr.ops.cuda.kernels.attention import (
     PARTIAL,
     QUERY,
     RULE,
-    THREADS,
     bound,
     capped,
     reader,
     sees,
     segment,
 )
-from cmr.ops.cuda.kernels.compiler import AT, BYTES, Kernel, inline, kernel
+from cmr.ops.cuda.kernels.compiler import AT, BYTES, THREADS, Kernel, inline, kernel
 from cmr.ops.cuda.kernels.formats import UNIT
 
 ROWS, SLOTS, CHUNK = 16, 64, 64  # of a tile: rows, slots, and values of a slot at a time

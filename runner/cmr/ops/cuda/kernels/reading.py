@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from numba import cuda, int32
 
-from cmr.ops.cuda.kernels.compiler import AT, INTS, kernel
+from cmr.ops.cuda.kernels.compiler import AT, INTS, THREADS, kernel
 
-THREADS = 128
 BLOCKS = 4096  # as many as keep a large device busy
 
 

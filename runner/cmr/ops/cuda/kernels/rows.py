@@ -7,12 +7,11 @@ from functools import cache
 
 from numba import cuda, float32
 
-from cmr.ops.cuda.kernels.compiler import AT, FLOATS, INTS, REAL, Kernel, inline, kernel
+from cmr.ops.cuda.kernels.compiler import AT, FLOATS, INTS, REAL, THREADS, Kernel, inline, kernel
 
-THREADS = 128
 LANES = 32
 SUMS = THREADS + 4  # floats in which a block adds up
-LONGEST = 512  # the most values of a vector that is turned
+LONGEST = 512  # the most values of a head
 
 
 @inline

@@ -8,11 +8,10 @@ import numpy as np
 from numba import cuda, float32, int32, uint8
 from numba.types import float16
 
-from cmr.ops.cuda.kernels.compiler import AT, BYTES, FLOATS, INTS, Kernel, flat, inline, kernel
+from cmr.ops.cuda.kernels.compiler import AT, BYTES, FLOATS, INTS, THREADS, Kernel, flat, inline, kernel
 from cmr.ops.cuda.kernels.formats import LEVELS, words
+from cmr.ops.pack import BLOCK
 
-THREADS = 128
-BLOCK = 32
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)
 
 
@@ -64,16 +63,21 @@ def put_fifths(b, at, u):
 
 
 @inline
-def above(x, first, low, d, steps, u):
-    """Numbers u[0:32] of 0 to `steps`: how many times d each value is above the least."""
+def above(x, first, steps, h, at, u):
+    """Write scale and least value; numbers u[0:32] of 0 to `steps`: how many scales each value is above the least."""
+    low = least(x, first)
+    d = (most(x, first) - low) / float32(steps)
+    h[at >> 1], h[(at >> 1) + 1] = float16(d), float16(low)
     factor = inverse(d)
     for i in range(BLOCK):
         u[i] = min(int32((x[first + i] - low) * factor + float32(0.5)), int32(steps))
 
 
 @inline
-def around(x, first, d, steps, u):
-    """Numbers u[0:32] of 0 to 2 * steps - 1: how many times d each value is from 0, which is `steps`."""
+def around(x, first, steps, h, at, u):
+    """Write the scale; numbers u[0:32] of 0 to 2 * steps - 1: each value in scales, with `steps` for 0."""
+    d = largest(x, first) / float32(-steps)
+    h[at >> 1] = float16(d)
     factor = inverse(d)
     for i in range(BLOCK):
         u[i] = min(int32(x[first + i] * factor + float32(steps + 0.5)), int32(2 * steps - 1))
@@ -101,18 +105,14 @@ def pack_q8_0(x, first, b, h, at):
 @inline
 def pack_q4_0(x, first, b, h, at):
     u = cuda.local.array(BLOCK, int32)
-    d = largest(x, first) / float32(-8)
-    h[at >> 1] = float16(d)
-    around(x, first, d, 8, u)
+    around(x, first, 8, h, at, u)
     put_nibbles(b, at + 2, u)
 
 
 @inline
 def pack_q5_0(x, first, b, h, at):
     u = cuda.local.array(BLOCK, int32)
-    d = largest(x, first) / float32(-16)
-    h[at >> 1] = float16(d)
-    around(x, first, d, 16, u)
+    around(x, first, 16, h, at, u)
     put_fifths(b, at + 2, u)
     put_nibbles(b, at + 6, u)
 
@@ -120,20 +120,14 @@ def pack_q5_0(x, first, b, h, at):
 @inline
 def pack_q4_1(x, first, b, h, at):
     u = cuda.local.array(BLOCK, int32)
-    low = least(x, first)
-    d = (most(x, first) - low) / float32(15)
-    h[at >> 1], h[(at >> 1) + 1] = float16(d), float16(low)
-    above(x, first, low, d, 15, u)
+    above(x, first, 15, h, at, u)
     put_nibbles(b, at + 4, u)
 
 
 @inline
 def pack_q5_1(x, first, b, h, at):
     u = cuda.local.array(BLOCK, int32)
-    low = least(x, first)
-    d = (most(x, first) - low) / float32(31)
-    h[at >> 1], h[(at >> 1) + 1] = float16(d), float16(low)
-    above(x, first, low, d, 31, u)
+    above(x, first, 31, h, at, u)
     put_fifths(b, at + 4, u)
     put_nibbles(b, at + 8, u)
 
@@ -141,10 +135,7 @@ def pack_q5_1(x, first, b, h, at):
 @inline
 def pack_q2(x, first, b, h, at):
     u = cuda.local.array(BLOCK, int32)
-    low = least(x, first)
-    d = (most(x, first) - low) / float32(3)
-    h[at >> 1], h[(at >> 1) + 1] = float16(d), float16(low)
-    above(x, first, low, d, 3, u)
+    above(x, first, 3, h, at, u)
     for i in range(8):
         b[at + 4 + i] = uint8(u[i] | u[i + 8] << 2 | u[i + 16] << 4 | u[i + 24] << 6)
 
