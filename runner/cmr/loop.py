@@ -19,7 +19,8 @@ class Loop:
 
     def __init__(self, model: Any, plan: Plan, context: int) -> None:
         self.model, self.plan, self.scheduler, self.context = model, plan, plan.scheduler, context
-        self._trusted = plan.owners["scheduler"] == ("built in",)
+        own = plan.owners["scheduler"] == ("built in",)  # which neither fails nor needs to be checked
+        self._pick = plan.scheduler.pick if own else self._picked
         self._drafts = plan.drafter is not None
         self._numbers = np.arange(context, dtype=np.int32)  # of which positions are stretches
         self._numbers.flags.writeable = False
@@ -44,7 +45,7 @@ class Loop:
         """Run one step; a failure ends the sequences it concerns and is kept as their `error`."""
         began = perf_counter()
         parts = []
-        for seq, limit in self._picked():
+        for seq, limit in self._pick():
             try:
                 parts.append(self._part(seq, limit))
             except Exception as error:
@@ -54,37 +55,25 @@ class Loop:
         step = Step(parts)
         self.stepping = True
         try:
-            self._run(step)
+            forward = perf_counter()
+            logits = iter(self.model.forward(self.plan, step))
+            step.seconds = perf_counter() - forward
+            for part in step.parts:
+                self._accept(part, next(logits))
+            for hook in self.plan.on_step:
+                hook(step)
+        except BaseException as error:  # Ctrl-C leaves every sequence as it was before or after
+            for part in parts:
+                self._trim(part.seq, part.seq.cached)
+            if not isinstance(error, Exception):
+                raise
+            self._fail(parts, error)
         finally:
             self.stepping = False
         self.figures.count(step, perf_counter() - began)
         for part in parts:
             if part.seq.stop is not None and part.seq in self.running:
                 self.finish(part.seq)
-
-    def _run(self, step: Step) -> None:
-        """Forward and accept; Ctrl-C leaves every sequence as it was before or after."""
-        began = perf_counter()
-        try:
-            logits = self.model.forward(self.plan, step)
-        except BaseException as error:
-            for part in step.parts:
-                self._trim(part.seq, part.seq.cached)
-            if not isinstance(error, Exception):
-                raise
-            self._fail(step.parts, error)
-            return
-        step.seconds = perf_counter() - began
-        for part, rows in zip(step.parts, logits):
-            try:
-                self._accept(part, rows)
-            except Exception as error:
-                self._fail([part], error)
-        try:
-            for hook in self.plan.on_step:
-                hook(step)
-        except Exception as error:
-            self._fail(step.parts, error)
 
     def _fail(self, parts: list[Part], error: Exception) -> None:
         """Mark the sequences of these parts as failed; the first failure counts."""
@@ -105,7 +94,7 @@ class Loop:
         """Ask the scheduler; if it fails or picks nothing that can run, all sequences end with its error."""
         try:
             picked = self.scheduler.pick()
-            if not (self._trusted or _sound(picked, self.running)):
+            if not _sound(picked, self.running):
                 owner = self.plan.owners["scheduler"][0]
                 raise PluginError(
                     f"{owner}: pick returned {picked!r:.200} with {len(self.running)} sequences under way; "
@@ -186,11 +175,15 @@ class Loop:
         try:
             for hook in self.plan.on_logits:
                 hook(seq, draft, logits)
-            for row in range(part.want):
+            row = 0
+            while True:
                 token = seq.sampler.sample(logits[row], seq.tokens, len(seq.tokens) - seq.n_prompt)
                 part.accepted.append(token)
                 if self._take(seq, token) or row == len(draft) or token != draft[row]:
                     return
+                row += 1
+        except Exception as error:
+            self._fail([part], error)
         finally:
             if seq.cached >= len(seq.tokens):
                 self._trim(seq, len(seq.tokens) - 1)
@@ -198,11 +191,11 @@ class Loop:
     def _take(self, seq: Sequence, token: int) -> str | None:
         """Append one token; why it is the last, or None."""
         tokens, text, reason = seq.tokens, seq.text, None
-        tokens.append(token)
-        seq.out.append(token)
-        if "first" not in seq.times:
+        if len(tokens) == seq.n_prompt:
             seq.times["first"] = perf_counter()
             self.figures.time_to_first_token = seq.times["first"] - seq.times["added"]
+        tokens.append(token)
+        seq.out.append(token)
         if token in seq.stop_ids:
             reason = "eos"
         elif text is not None and text.push(token):

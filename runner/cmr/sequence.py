@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -134,27 +135,28 @@ class Part:
 
 
 class Step:
-    """Parts that go through the model together, prompt parts first; `spans` are their rows.
+    """Parts that go through the model together, prompt parts first.
 
     `tokens` and `pos` are int32 [rows], the first `n_prompt` rows have the prompt role, `seconds` is how long
     the model took.
     """
 
-    __slots__ = ("n_prompt", "parts", "pos", "seconds", "spans", "tokens")
+    __slots__ = ("n_prompt", "parts", "pos", "seconds", "tokens")
 
     def __init__(self, parts: list[Part]) -> None:
         self.seconds = 0.0
         if len(parts) == 1:
             (part,) = parts
-            n = len(part.tokens)
-            self.parts, self.tokens, self.pos, self.spans = parts, part.tokens, part.pos, [slice(0, n)]
-            self.n_prompt = n if part.prompt else 0
+            self.parts, self.tokens, self.pos = parts, part.tokens, part.pos
+            self.n_prompt = len(part.tokens) if part.prompt else 0
             return
         self.parts = sorted(parts, key=lambda part: not part.prompt)
         self.tokens = np.concatenate([part.tokens for part in self.parts])
         self.pos = np.concatenate([part.pos for part in self.parts])
-        self.spans, row = [], 0
-        for part in self.parts:
-            self.spans.append(slice(row, row + len(part.tokens)))
-            row += len(part.tokens)
         self.n_prompt = sum(len(part.tokens) for part in self.parts if part.prompt)
+
+    @property
+    def spans(self) -> list[slice]:
+        """The rows of each part."""
+        ends = list(accumulate(len(part.tokens) for part in self.parts))
+        return [slice(start, end) for start, end in pairwise([0, *ends])]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +114,12 @@ class Session:
         RequestError before anything runs.
         """
         seq = admit(self, self.request(prompt, **options), text=True)
-        return Text(seq, self._pieces(seq))
+        return Text(seq, self._pieces(seq, seq.text.pieces))
 
     def generate(self, request: Request) -> Iterator[int]:
         """Return the tokens of a request as they come; raises RequestError before anything runs."""
-        return self._answer(admit(self, request))
+        seq = admit(self, request)
+        return self._pieces(seq, seq.out)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int]]:
         """Return (request, token) of many requests as the scheduler runs them.
@@ -177,45 +180,38 @@ class Session:
 
     # -- from sequences to their consumers --
 
-    def _run(self, seqs: list[Sequence]) -> Iterator[None]:
-        """Step until all of these have ended, pausing after each step; cancel those nobody waits for."""
+    @contextmanager
+    def _under_way(self, seqs: list[Sequence]) -> Iterator[Callable[[], Any]]:
+        """Give what runs a step of these; their first failure is raised behind, and none runs on unwanted."""
         try:
             for seq in seqs:
                 if seq.stop is None:
                     self.loop.add(seq)
-            yield
-            step = self.step if self._idle else self.loop.step
-            for seq in seqs:
-                while seq.stop is None:
-                    step()
-                    yield
+            yield self.step if self._idle else self.loop.step
         finally:
             for seq in seqs:
                 self.cancel(seq)
+        for seq in seqs:
+            if seq.error is not None:
+                raise seq.error
 
-    def _answer(self, seq: Sequence) -> Iterator[int]:
-        out = seq.out
-        for _ in self._run([seq]):
-            while out:
-                yield out.popleft()
-        _raise_first([seq])
+    def _pieces(self, seq: Sequence, made: deque[Any]) -> Iterator[Any]:
+        """Give the tokens or texts of one sequence as they are made."""
+        with self._under_way([seq]) as step:
+            while True:
+                while made:
+                    yield made.popleft()
+                if seq.stop is not None:
+                    return
+                step()
 
     def _tokens(self, seqs: list[Sequence]) -> Iterator[tuple[Request, int]]:
-        for _ in self._run(seqs):
-            for seq in seqs:
-                while seq.out:
-                    yield seq.request, seq.out.popleft()
-        _raise_first(seqs)
-
-    def _pieces(self, seq: Sequence) -> Iterator[str]:
-        for _ in self._run([seq]):
-            while seq.text.pieces:
-                yield seq.text.pieces.popleft()
-        _raise_first([seq])
-
-
-def _raise_first(seqs: list[Sequence]) -> None:
-    """Raise the first failure among sequences that have ended."""
-    for seq in seqs:
-        if seq.error is not None:
-            raise seq.error
+        """Give the tokens of several sequences as they are made."""
+        with self._under_way(seqs) as step:
+            while True:
+                for seq in seqs:
+                    while seq.out:
+                        yield seq.request, seq.out.popleft()
+                if all(seq.stop is not None for seq in seqs):
+                    return
+                step()
