@@ -1,12 +1,13 @@
 """Measure what hooks cost a token: loops without them, an empty plan, and observing plugins, interleaved.
 
-python tools/bench_hooks.py models/tiny-q8_0.gguf [--threads 1 --cpu] [--tokens 128] [--rounds 15] [--idle]
+python tools/bench_hooks.py models/tiny-q8_0.gguf [--threads 1] [--tokens 500] [--rounds 15]
 
 `bare` feeds the last token, takes the largest logit and does nothing else: nobody could stop it. `runner` does what a
 runner without hooks has to do as well: it hands tokens on one by one, knows stop tokens, a limit and whether it was
-cancelled, and counts and times its steps. The rest are sessions. Each is held against `bare` and against `runner` of
-the same round; the order turns from round to round. With --idle the model computes nothing for generated tokens, so
-that only Python's work is left.
+cancelled, and counts and times its steps. The rest are sessions.
+
+A token is a pass through the model, which holds what plugins do in its layers, and what Python does from its end to
+the beginning of the next; both are medians, as other work on the machine lengthens some of them tenfold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from time import perf_counter, thread_time
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -114,12 +116,6 @@ def runner(model: Model, count: int) -> Callable[[], list[int]]:
     return loop
 
 
-def idle(model: Model) -> None:
-    """Let the model give the same logits for each generated token without computing them."""
-    forward, rows = model.forward, [np.arange(model.n_vocab, dtype=np.float32)[None] % 1013]
-    model.forward = lambda plan, step: forward(plan, step) if step.n_prompt else rows
-
-
 def hooked(model: Model, count: int, observers: int, base: type = Tokens) -> Callable[[], list[int]]:
     """Return a session's loop with so many observing plugins."""
     kinds = [type(f"Observer{'ABCDEFGH'[i]}", (base,), {}) for i in range(observers)]
@@ -128,42 +124,74 @@ def hooked(model: Model, count: int, observers: int, base: type = Tokens) -> Cal
     return lambda: list(session.generate(request))
 
 
+class Clock:
+    """Times each pass of generated tokens through a model, and what lies between two of them."""
+
+    def __init__(self, model: Model) -> None:
+        self.passes: list[float] = []
+        self.between: list[float] = []
+        self._forward, self._left = model.forward, 0.0
+        model.forward = self.forward
+
+    def forward(self, plan: Any, step: Step) -> list[np.ndarray]:
+        """Run a step."""
+        came = perf_counter()
+        rows = self._forward(plan, step)
+        done = perf_counter()
+        if not step.n_prompt:
+            self.passes.append(done - came)
+            self.between.append(came - self._left)
+        self._left = perf_counter()
+        return rows
+
+    def medians(self, loop: Callable[[], list[int]]) -> tuple[float, float]:
+        """Run a loop; the median microseconds of a pass and between two."""
+        self.passes.clear()
+        self.between.clear()
+        loop()
+        return 1e6 * statistics.median(self.passes), 1e6 * statistics.median(self.between)
+
+
 def main() -> None:
-    """Print the median microseconds a token, and each against the loops without hooks of the same round."""
+    """Print the microseconds of a token in and between passes, and what is more than in loops without hooks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--cpu", action="store_true", help="time this thread's work, for busy machines")
-    parser.add_argument("--idle", action="store_true", help="leave the model's own work out")
     args = parser.parse_args()
-    clock = thread_time if args.cpu else perf_counter
     model = cmr.open_model(args.model, threads=args.threads)
-    if args.idle:
-        idle(model)
+    clock = Clock(model)
     loops = {"bare": bare(model, args.tokens), "runner": runner(model, args.tokens)}
     loops["empty plan"] = hooked(model, args.tokens, 0)
     loops["3 see tokens"] = hooked(model, args.tokens, 3)
     loops["3 see layers"] = hooked(model, args.tokens, 3, Layers)
-    times: dict[str, list[float]] = {name: [] for name in loops}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     for loop in loops.values():
         loop()
     for turn in range(args.rounds):
         names = list(loops)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            began = clock()
-            count = len(loops[name]())
-            times[name].append((clock() - began) / count * 1e6)
+            times[name].append(clock.medians(loops[name]))
+    print(f"{'µs a token':14}{'in a pass':>10}{'between':>9}{'over bare: both':>17}{'between':>9}", end="")
+    print(f"{'over runner: both':>19}{'between':>9}")
     for name, found in times.items():
-        against = [
-            statistics.median(ours / plain - 1 for ours, plain in zip(found, times[other]))
-            for other in ("bare", "runner")
-        ]
-        print(
-            f"{name:13} {statistics.median(found):8.2f} us a token  {100 * against[0]:+6.2f} % of bare"
-            f"  {100 * against[1]:+6.2f} % of runner"
-        )
+        inside, between = map(statistics.median, zip(*found))
+        print(f"{name:14}{inside:10.1f}{between:9.2f}", end="")
+        for other, widths in (("bare", (17, 9)), ("runner", (19, 9))):
+            shares = zip(*(over(ours, plain) for ours, plain in zip(found, times[other])))
+            print(
+                *(f"{100 * statistics.median(share):+{w - 2}.2f} %" for share, w in zip(shares, widths)),
+                sep="",
+                end="",
+            )
+        print()
+
+
+def over(ours: tuple[float, float], plain: tuple[float, float]) -> tuple[float, float]:
+    """What a loop takes beyond another, as a share of the other's token: in all, and between passes."""
+    token = sum(plain)
+    return sum(ours) / token - 1, (ours[1] - plain[1]) / token
 
 
 if __name__ == "__main__":
