@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ class Recipe:
     fused: bool = False
     tied: bool = False
     factors: tuple[str, ...] = ()
+    experts: tuple[int, int] | None = None  # how many there are, and how many a row chooses
+    dense: tuple[int, ...] = ()  # layers without experts all the same
+    expert_inner: int = 32
     type: str = "F32"
 
     def at(self, name: str, layer: int) -> int:
@@ -67,6 +71,9 @@ class _Maker:
             "attention.value_length": r.dim_v,
             f"attention.{eps}": 1e-5,
         }
+        if r.experts:
+            names = ("expert_count", "expert_used_count", "expert_feed_forward_length")
+            sizes |= dict(zip(names, (*r.experts, r.expert_inner), strict=True))
         keys = {f"{r.arch}.{key}": _value(value) for key, value in (sizes | dict(r.meta)).items()}
         return {"general.architecture": r.arch, "general.name": "tiny"} | keys
 
@@ -95,19 +102,38 @@ class _Maker:
                 self.norm(blk + name, *shapes[r.head_norms])
         if r.fused:
             self.matrix(f"{blk}attn_qkv", sum(rows.values()), r.width)
-            self.matrix(f"{blk}ffn_up", 2 * inner, r.width)
         else:
             for name, count in rows.items():
                 self.matrix(blk + name, count, r.width)
+        self.feed_forward(blk, inner, layer in r.dense)
+        self.matrix(f"{blk}attn_output", r.width, heads * r.dim_v)
+
+    def feed_forward(self, blk: str, inner: int, dense: bool) -> None:
+        r = self.recipe
+        if r.experts and not dense:
+            self.made[f"{blk}ffn_gate_inp.weight"] = self.values(r.experts[0], r.width, 0.3)
+            self.bias(f"{blk}ffn_gate_inp", (r.experts[0],))
+            self.matrix(f"{blk}ffn_gate_exps", r.experts[0], r.expert_inner, r.width)
+            self.matrix(f"{blk}ffn_up_exps", r.experts[0], r.expert_inner, r.width)
+            self.matrix(f"{blk}ffn_down_exps", r.experts[0], r.width, r.expert_inner)
+            return
+        if r.fused:
+            self.matrix(f"{blk}ffn_up", 2 * inner, r.width)
+        else:
             self.matrix(f"{blk}ffn_gate", inner, r.width)
             self.matrix(f"{blk}ffn_up", inner, r.width)
-        self.matrix(f"{blk}attn_output", r.width, heads * r.dim_v)
         self.matrix(f"{blk}ffn_down", r.width, inner)
 
-    def matrix(self, name: str, rows: int, cols: int, size: float | None = None) -> None:
-        values = self.rng.standard_normal((rows, cols)) * (size or 1 / np.sqrt(cols))
-        self.made[f"{name}.weight"] = quantized(values.astype(np.float32), self.recipe.type)
-        self.bias(name, (rows,))
+    def matrix(self, name: str, *shape: int, size: float | None = None) -> None:
+        """A matrix, or several of them, one behind the other."""
+        *counts, cols = shape
+        made = quantized(self.values(math.prod(counts), cols, size), self.recipe.type)
+        made = made.reshape(shape) if isinstance(made, np.ndarray) else made._replace(shape=shape)
+        self.made[f"{name}.weight"] = made
+        self.bias(name, tuple(counts))
+
+    def values(self, rows: int, cols: int, size: float | None = None) -> np.ndarray:
+        return (self.rng.standard_normal((rows, cols)) * (size or 1 / np.sqrt(cols))).astype(np.float32)
 
     def norm(self, name: str, *shape: int) -> None:
         self.made[f"{name}.weight"] = self.rng.uniform(0.5, 1.5, shape).astype(np.float32)
@@ -178,6 +204,21 @@ RECIPES: dict[str, Recipe] = {
     "one-kv-head": Recipe(kv_heads=1, dim=24, dim_v=8),
     "qwen2": Recipe(arch="qwen2", biases=_QKV),
     "qwen3": Recipe(arch="qwen3", head_norms="one", dim=32, dim_v=32),
+    "mixtral": Recipe(experts=(8, 2), meta={"rope.freq_base": 1e6}),
+    "qwen3moe": Recipe(arch="qwen3moe", head_norms="one", experts=(20, 6), dense=(1,)),
+    "olmoe": Recipe(arch="olmoe", head_norms="all", experts=(37, 5)),
+    "granitemoe": Recipe(
+        arch="granitemoe",
+        experts=(5, 5),
+        biases=("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        meta={
+            "attention.scale": 0.11,
+            "embedding_scale": 6.0,
+            "residual_scale": 0.3,
+            "logit_scale": 4.0,
+            "expert_weights_scale": 1.7,
+        },
+    ),
     "gemma2": Recipe(
         arch="gemma2",
         norms=_SANDWICH,

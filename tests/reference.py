@@ -40,7 +40,7 @@ class Reference:
             h = self.block(h, layer)
         h = self.norm(h, "output_norm", eps)
         y = h @ w.get("output.weight", w["token_embd.weight"]).T + w.get("output.bias", 0)
-        if self.arch == "granite":
+        if self.arch in ("granite", "granitemoe"):
             y = y / self.key("logit_scale")
         cap = self.key("final_logit_softcapping", 30.0 if self.arch == "gemma2" else 0)
         return cap * np.tanh(y / cap) if cap else y
@@ -72,6 +72,8 @@ class Reference:
         return h + scale * self.norm(f, f"{blk}.post_ffw_norm", eps)
 
     def mlp(self, x, blk):
+        if f"{blk}.ffn_gate_inp.weight" in self.weights:
+            return self.experts(x, blk)
         up = self.linear(x, f"{blk}.ffn_up")
         if f"{blk}.ffn_gate.weight" in self.weights:
             gate = self.linear(x, f"{blk}.ffn_gate")
@@ -82,6 +84,25 @@ class Reference:
         else:
             gate = gate / (1 + np.exp(-gate))
         return self.linear(gate * up, f"{blk}.ffn_down")
+
+    def experts(self, x, blk):
+        """Each row alone: a softmax of the router's logits chooses experts and weighs what they give."""
+        used, out = self.key("expert_used_count"), np.zeros_like(x)
+        for row, logits in enumerate(self.linear(x, f"{blk}.ffn_gate_inp")):
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            chosen = sorted(range(len(p)), key=lambda expert: -p[expert])[:used]
+            if self.arch != "olmoe":
+                p /= p[chosen].sum()
+            for expert in chosen:
+                gate, up = (self.expert(x[row], f"{blk}.ffn_{name}_exps", expert) for name in ("gate", "up"))
+                inner = gate / (1 + np.exp(-gate)) * up
+                out[row] += p[expert] * self.expert(inner, f"{blk}.ffn_down_exps", expert)
+        return out * (self.key("expert_weights_scale") or 1.0)
+
+    def expert(self, x, name, index):
+        bias = self.weights.get(f"{name}.bias")
+        return x @ self.weights[f"{name}.weight"][index].T + (0 if bias is None else bias[index])
 
     def attention(self, x, layer):
         n, blk, eps = len(x), f"blk.{layer}", self.eps()
@@ -121,10 +142,10 @@ class Reference:
 
     def head_norm(self, x, name, heads, eps):
         """Norms of queries and keys: over all heads at once in OLMo 2, over each head elsewhere."""
-        if self.arch == "olmo2":
+        if self.arch in ("olmo2", "olmoe"):
             x = self.norm(x, name, eps)
         x = x.reshape(len(x), heads, -1)
-        return x if self.arch == "olmo2" else self.norm(x, name, eps)
+        return x if self.arch in ("olmo2", "olmoe") else self.norm(x, name, eps)
 
     def window(self, layer):
         size = self.key("attention.sliding_window", 4096 if self.arch == "gemma2" else 0)
@@ -139,19 +160,19 @@ class Reference:
     def rotates(self, layer):
         if self.arch == "smollm3":
             return layer % 4 != 3
-        return self.arch != "granite" or self.key("rope.scaling.finetuned", True)
+        return not self.arch.startswith("granite") or self.key("rope.scaling.finetuned", True)
 
     def rotate(self, x, pos, windowed):
         """Turn pairs as complex numbers: neighbours in Llama's layout, halves in GPT-NeoX's."""
         turn, size = self.speeds(x.shape[-1], windowed)
         rot = 2 * len(turn)
         part, rest = x[..., :rot], x[..., rot:]
-        if self.arch in ("llama", "mistral3", "granite", "smollm3"):
+        if self.arch in ("llama", "mistral3", "granite", "granitemoe", "smollm3"):
             z = part[..., 0::2] + 1j * part[..., 1::2]
         else:
             z = part[..., : rot // 2] + 1j * part[..., rot // 2 :]
         z = z * size * np.exp(1j * pos[:, None] * turn)[:, None]
-        if self.arch in ("llama", "mistral3", "granite", "smollm3"):
+        if self.arch in ("llama", "mistral3", "granite", "granitemoe", "smollm3"):
             part = np.stack([z.real, z.imag], -1).reshape(part.shape)
         else:
             part = np.concatenate([z.real, z.imag], -1)

@@ -32,6 +32,7 @@ class Quirks:
     window_rope_base: float | None = None  # rotation base of layers with a window, where the file gives none
     window_rope_plain: bool = False  # rotation of layers with a window is never scaled
     rope_period: int = 0  # every n-th layer does not rotate
+    experts_normalized: bool = True  # weights of the chosen experts sum to one
     rope_switch: bool = False  # rope.scaling.finetuned = false means no rotation at all
 
 
@@ -44,6 +45,8 @@ ARCHITECTURES: dict[str, Quirks] = {
     "mistral3": Quirks(pairing="norm"),
     "qwen2": Quirks(),
     "qwen3": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
+    "qwen3moe": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
+    "olmoe": Quirks(norms=("attn_norm", "ffn_norm", *_QK), experts_normalized=False),
     "gemma2": Quirks(
         norms=_SANDWICH,
         activation="gelu",
@@ -65,6 +68,7 @@ ARCHITECTURES: dict[str, Quirks] = {
     ),
     "phi3": Quirks(window_period=0),
     "granite": Quirks(pairing="norm", logits_divided=True, rope_switch=True),
+    "granitemoe": Quirks(pairing="norm", logits_divided=True, rope_switch=True),
     "olmo2": Quirks(
         norms=("post_attention_norm", "post_ffw_norm", *_QK),
         window_period=4,

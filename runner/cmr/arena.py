@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cmr.config import Config
-from cmr.ops.records import Buffer
+from cmr.ops.records import Buffer, routes_bytes
 from cmr.ops.table import Ops
 from cmr.shapes import qkv_rows
 
@@ -23,7 +23,8 @@ class Arena:
 
     `hidden` is the residual stream, `qkv` queries, keys and values side by side, `mixed` what attention
     gives, `inner` the inside of the feed-forward part, `spare` a branch that a norm waits for, `last` the
-    rows whose `logits` count. `tokens` and `pos` are int64 and int32 [rows].
+    rows whose `logits` count. `choices` are logits of experts, `routes` who chose which, where there are experts.
+    `tokens` and `pos` are int64 and int32 [rows].
     """
 
     def __init__(self, ops: Ops, config: Config, rows: int) -> None:
@@ -32,6 +33,9 @@ class Arena:
         self.hidden, self.qkv, self.mixed, self.inner, self.spare = buffers
         self.last: Buffer = ops.buffer(0, config.n_embd)
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
+        router = config.router
+        self.choices: Any = ops.buffer(rows, router.experts) if router else None
+        self.routes: Any = ops.routes(rows, router) if router else None
         self.tokens, self.pos = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 
@@ -39,7 +43,8 @@ class Arena:
     def nbytes(self) -> int:
         """The bytes of all buffers; memory that no step has written yet is not in use."""
         buffers = (self.hidden, self.qkv, self.mixed, self.inner, self.spare, self.last, self.logits)
-        return sum(buffer.array.nbytes for buffer in buffers)
+        routing = self.choices.array.nbytes + self.routes.nbytes if self.routes else 0
+        return sum(buffer.array.nbytes for buffer in buffers) + routing
 
     def want(self, rows: int) -> None:
         """Make room for the logits of so many rows."""
@@ -88,10 +93,13 @@ class Arena:
 
 def arena_bytes(config: Config, rows: int) -> int:
     """Return the bytes of an Arena for steps of up to `rows` rows, AMPLE of which want logits at most."""
-    return 4 * (rows * sum(_widths(config)) + AMPLE * (config.n_embd + config.n_vocab))
+    routing = 4 * rows * config.router.experts + routes_bytes(rows, config.router) if config.router else 0
+    return 4 * (rows * sum(_widths(config)) + AMPLE * (config.n_embd + config.n_vocab)) + routing
 
 
 def _widths(config: Config) -> tuple[int, int, int, int, int]:
     """The columns of hidden, qkv, mixed, inner and spare."""
     qkv = max(sum(qkv_rows(config, layer)) for layer in range(config.n_layers))
-    return config.n_embd, qkv, max(config.n_heads) * config.head_dim_v, max(config.n_ff), config.n_embd
+    used = config.router.used if config.router else 1
+    inner = max(width * (used if layer in config.routed else 1) for layer, width in enumerate(config.n_ff))
+    return config.n_embd, qkv, max(config.n_heads) * config.head_dim_v, inner, config.n_embd

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,22 @@ from cmr.architectures import Quirks, quirks_of
 from cmr.errors import ModelError
 from cmr.gguf_file import GGUFFile, Tensor
 from cmr.metadata import Metadata
+from cmr.ops.records import Router
 from cmr.rope import Rope, read_base, read_rope, with_factors
+
+# 0: not said; 1: a softmax over all experts; 3: one over the chosen. llama.cpp's llama_expert_gating_func_type.
+_SOFTMAXES = (0, 1, 3)
 
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """A dense decoder. Tuples have one entry for each layer; scales multiply, and caps of 0 do nothing.
+    """A decoder. Tuples have one entry for each layer; scales multiply, and caps of 0 do nothing.
 
     `window` counts the latest positions that a layer sees, itself included (0: all). `rope` is None where a
     layer does not rotate. `norms` are the norms that every block must have. With `parallel_residual`
     attention and feed-forward read the same input. `attn_temperature` is (scale, floor): queries at position
-    p are multiplied by 1 + scale * log(1 + floor(p / floor)).
+    p are multiplied by 1 + scale * log(1 + floor(p / floor)). Layers that `routed` names are mixtures of experts, of
+    which rows choose by `router`; their `n_ff` is that of one expert.
     """
 
     arch: str
@@ -52,6 +57,8 @@ class Config:
     norms: tuple[str, ...]
     parallel_residual: bool
     attn_temperature: tuple[float, int] | None
+    router: Router | None
+    routed: frozenset[int]
 
     def kv_shape(self, layer: int) -> tuple[int, int, int]:
         """Return (kv_heads, dim of keys, dim of values) of a layer's cache."""
@@ -69,7 +76,6 @@ def read_config(
     """
     keys = Metadata(file.metadata, overrides, str(file.path))
     quirks = quirks_of(keys.arch)
-    _refuse_experts(keys)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(
@@ -80,7 +86,11 @@ def read_config(
     if context is not None and context < 1:
         raise ModelError(f"a context of {context} tokens is not possible; at least 1 is needed")
     n_ctx = context or n_ctx_train
-    sizes = _sizes(keys, n_layers)
+    routed = frozenset(i for i in range(n_layers) if f"blk.{i}.ffn_gate_inp.weight" in file.tensors)
+    router = _router(keys, quirks)
+    if routed and router is None:
+        raise keys.fail("expert_count", f"is missing, but layer {min(routed)} chooses among experts")
+    sizes = _sizes(keys, n_layers, routed)
     windows = _windows(keys, quirks, n_layers)
     config = Config(
         arch=keys.arch,
@@ -98,19 +108,41 @@ def read_config(
         norms=quirks.norms,
         parallel_residual="ffn_norm" not in quirks.norms and _norms_once(file.tensors),
         attn_temperature=_temperature(keys, n_ctx_train),
+        router=router,
+        routed=routed,
     )
     keys.refuse_unread_overrides()
     return config
 
 
-def _refuse_experts(keys: Metadata) -> None:
-    if keys.integer("expert_count", 0, low=0):
-        raise ModelError(
-            f"{keys.source} is a mixture of experts, which is not supported; a dense model is needed"
-        )
+def _router(keys: Metadata, quirks: Quirks) -> Router | None:
+    """How rows choose among experts, or None in a dense model."""
+    experts = keys.integer("expert_count", 0, low=0, high=1 << 16)
+    if not experts:
+        return None
+    used = keys.integer("expert_used_count", high=experts)
+    if keys.integer("expert_gating_func", 0, low=0) not in _SOFTMAXES:
+        raise keys.fail("expert_gating_func", "is none of a softmax, which is not supported")
+    if keys.integer("expert_group_count", 0, low=0) > 1:
+        raise keys.fail("expert_group_count", "is more than 1; experts in groups are not supported")
+    normalized = keys.flag("expert_weights_norm", quirks.experts_normalized)
+    scale = keys.number("expert_weights_scale", 0.0) or 1.0
+    return Router(experts, used, normalized, scale)
 
 
-def _sizes(keys: Metadata, n_layers: int) -> dict[str, Any]:
+def _widths(keys: Metadata, n_layers: int, routed: Collection[int]) -> tuple[int, ...]:
+    """The width of each feed-forward part, or of one expert of it."""
+    key = "expert_feed_forward_length"
+    if keys.get(key) is None:
+        return keys.per_layer("feed_forward_length", n_layers)
+    experts = keys.per_layer(key, n_layers)
+    if len(routed) == n_layers:
+        return experts
+    dense = keys.per_layer("feed_forward_length", n_layers)
+    return tuple((experts if i in routed else dense)[i] for i in range(n_layers))
+
+
+def _sizes(keys: Metadata, n_layers: int, routed: Collection[int]) -> dict[str, Any]:
     n_embd = keys.integer("embedding_length")
     n_heads = keys.per_layer("attention.head_count", n_layers)
     n_kv_heads = keys.per_layer("attention.head_count_kv", n_layers, default=n_heads)
@@ -124,7 +156,7 @@ def _sizes(keys: Metadata, n_layers: int) -> dict[str, Any]:
         "n_kv_heads": n_kv_heads,
         "head_dim": head_dim,
         "head_dim_v": keys.integer("attention.value_length", max(1, n_embd // n_heads[0]), high=1 << 16),
-        "n_ff": keys.per_layer("feed_forward_length", n_layers),
+        "n_ff": _widths(keys, n_layers, routed),
     }
 
 

@@ -183,14 +183,42 @@ class Forward:
     def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
         """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
         n, n_prompt = len(step.tokens), step.n_prompt
+        feed, add_feed = (
+            (self._chosen, self._add_chosen) if layer.ffn_gate_inp else (self._glu, self._add_feed)
+        )
         self._attention(plan, step, layer, arena)
-        feed = (arena.hidden, n, n_prompt, layer.ffn_gate, layer.ffn_up, self.config.activation, arena.inner)
         if self.config.parallel_residual:
-            self.ops.glu(*feed, norm=layer.ffn_norm)
+            feed(layer, n, n_prompt, arena)
         self._add(arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm, arena)
         if not self.config.parallel_residual:
-            self.ops.glu(*feed, norm=layer.ffn_norm)
+            feed(layer, n, n_prompt, arena)
+        add_feed(layer, n, n_prompt, arena)
+
+    def _glu(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
+        """inner = activation(gate) * up of the normalized rows."""
+        pair = layer.ffn_gate, layer.ffn_up, self.config.activation
+        self.ops.glu(arena.hidden, n, n_prompt, *pair, arena.inner, norm=layer.ffn_norm)
+
+    def _add_feed(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
         self._add(arena.inner, n, n_prompt, layer.ffn_down, layer.post_ffw_norm, arena)
+
+    def _chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
+        """As _glu, by the experts that each row chooses; inner holds what they give."""
+        choices, norm = arena.choices, layer.ffn_norm
+        self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp, choices, norm=norm)
+        self.ops.route(choices, n, n_prompt, arena.routes)
+        pair = layer.ffn_gate, layer.ffn_up, self.config.activation, arena.routes
+        self.ops.glu_experts(arena.hidden, n, n_prompt, *pair, arena.inner, norm=norm)
+
+    def _add_chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
+        """hidden += what the chosen experts give, normalized before it is added where there is a norm."""
+        (down,), norm, scale = layer.ffn_down, layer.post_ffw_norm, self.config.residual_scale
+        given = arena.inner, n, n_prompt, down, arena.routes
+        if norm is None:
+            self.ops.add_experts(*given, arena.hidden, scale=scale)
+        else:
+            self.ops.add_experts(*given, arena.spare, add=False)
+            self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
 
     def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:
         """hidden += residual_scale * parts @ x, normalized before it is added where there is a norm."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.config import Config, read_config
+from cmr.errors import ModelError
 from cmr.forward import Forward
 from cmr.gguf_file import GGUFFile, open_gguf
 from cmr.kvcache import AttnRule, LayerCache
@@ -76,6 +77,8 @@ class Model:
         max_rows: int = MAX_ROWS,
     ) -> None:
         self.file, self.config, self.ops, self.path = file, config, ops, file.path
+        if config.router is not None and not ops.experts:
+            raise ModelError(f"device {ops.name!r} does not compute mixtures of experts; 'cpu' does")
         self.metadata = {**file.metadata, **(overrides or {})}
         self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
         self.weights = Weights(ops, config, file.tensors)

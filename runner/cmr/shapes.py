@@ -1,4 +1,4 @@
-"""The tensors that a dense decoder is made of: their names, shapes and types, checked before any is read."""
+"""The tensors that a decoder is made of: their names, shapes and types, checked before any is read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cmr.quants import FORMATS, supported_names
 
 BLOCK_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 # Shapes that a tensor may have, innermost dimension last.
 Shapes = dict[str, list[tuple[int, ...]]]
@@ -47,7 +48,7 @@ def check_tensors(config: Config, tensors: Mapping[str, Tensor]) -> None:
     for layer in range(config.n_layers):
         prefix = f"blk.{layer}."
         shapes = _layer_shapes(config, layer, f"{prefix}ffn_gate.weight" not in tensors)
-        _check(tensors, prefix, shapes, _required(config, f"{prefix}attn_qkv.weight" in tensors))
+        _check(tensors, prefix, shapes, _required(config, layer, f"{prefix}attn_qkv.weight" in tensors))
         _refuse_foreign(config, groups.pop(layer, []), prefix, shapes)
     for names in groups.values():
         _refuse_foreign(config, names, "", {})
@@ -63,18 +64,26 @@ def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
         "attn_v": [(v, n_embd)],
         "attn_qkv": [(q + k + v, n_embd)],
         "attn_output": [(n_embd, heads * config.head_dim_v)],
-        "ffn_gate": [(n_ff, n_embd)],
-        "ffn_up": [(2 * n_ff if fused_up else n_ff, n_embd)],
-        "ffn_down": [(n_embd, n_ff)],
         "attn_q_norm": [(dim,), (heads, dim), (heads * dim,)],
         "attn_k_norm": [(dim,), (kv_heads, dim), (kv_heads * dim,)],
     }
-    return shapes | {name: [(n_embd,)] for name in BLOCK_NORMS}
+    shapes |= {name: [(n_embd,)] for name in BLOCK_NORMS}
+    if layer not in config.routed or config.router is None:
+        up = 2 * n_ff if fused_up else n_ff
+        return shapes | {"ffn_gate": [(n_ff, n_embd)], "ffn_up": [(up, n_embd)], "ffn_down": [(n_embd, n_ff)]}
+    experts = config.router.experts
+    return shapes | {
+        "ffn_gate_inp": [(experts, n_embd)],
+        "ffn_gate_exps": [(experts, n_ff, n_embd)],
+        "ffn_up_exps": [(experts, n_ff, n_embd)],
+        "ffn_down_exps": [(experts, n_embd, n_ff)],
+    }
 
 
-def _required(config: Config, fused_qkv: bool) -> tuple[str, ...]:
+def _required(config: Config, layer: int, fused_qkv: bool) -> tuple[str, ...]:
     projections = ("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")
-    return (*projections, "attn_output", "ffn_up", "ffn_down", *config.norms)
+    feed = EXPERTS if layer in config.routed else ("ffn_up", "ffn_down")
+    return (*projections, "attn_output", *feed, *config.norms)
 
 
 def _check(tensors: Mapping[str, Tensor], prefix: str, shapes: Shapes, required: Collection[str]) -> None:
@@ -88,7 +97,7 @@ def _check(tensors: Mapping[str, Tensor], prefix: str, shapes: Shapes, required:
             raise ModelError(f"the tensor {prefix}{name}.weight is missing")
         bias = tensors.get(f"{prefix}{name}.bias")
         if bias is not None:
-            like = weight.shape if is_norm and weight is not None else possible[0][:1]
+            like = weight.shape if is_norm and weight is not None else possible[0][:-1]
             _check_one(bias, [like], _FLOATS)
 
 
@@ -111,9 +120,7 @@ def _refuse_foreign(config: Config, names: list[str], prefix: str, shapes: Shape
     known = {f"{prefix}{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
     for name in names:
         if name not in known and not _ELSEWHERE.fullmatch(name):
-            raise ModelError(
-                f"the tensor {name} has no place in a dense model of architecture {config.arch!r}"
-            )
+            raise ModelError(f"the tensor {name} has no place in a model of architecture {config.arch!r}")
 
 
 def _text(shape: tuple[int, ...]) -> str:

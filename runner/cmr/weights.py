@@ -26,7 +26,8 @@ class Layer:
     """One block's weights under GGUF's names; matrices come with their bias, absent norms are None.
 
     `attn_qkv` are the three input projections in one list, `q_norm_heads` and `k_norm_heads` how many heads
-    their norm treats one by one (1: the norm spans all heads).
+    their norm treats one by one (1: the norm spans all heads). Where there is a `ffn_gate_inp`, the matrices of
+    the feed-forward part are those of all experts, one behind the other; a token reads a `share` of them.
     """
 
     index: int
@@ -42,16 +43,19 @@ class Layer:
     attn_output: list[Part]
     post_attention_norm: Norm | None
     ffn_norm: Norm | None
+    ffn_gate_inp: list[Part]
     ffn_gate: Part
     ffn_up: Part
     ffn_down: list[Part]
     post_ffw_norm: Norm | None
+    share: float
 
     @property
     def nbytes(self) -> int:
         """The bytes of its matrices, which one generated token reads."""
-        parts = (*self.attn_qkv, *self.attn_output, self.ffn_gate, self.ffn_up, *self.ffn_down)
-        return sum(matrix.nbytes for matrix, _ in parts)
+        whole = (*self.attn_qkv, *self.attn_output, *self.ffn_gate_inp)
+        feed = (self.ffn_gate, self.ffn_up, *self.ffn_down)
+        return sum(m.nbytes for m, _ in whole) + int(self.share * sum(m.nbytes for m, _ in feed))
 
 
 class WeightSource(Protocol):
@@ -136,7 +140,11 @@ def build_layer(ops: Ops, config: Config, index: int, placed: Placed, like: Laye
     """
     read = _Reader(ops, config, f"blk.{index}.", placed, like)
     q, k, v = read.qkv(*qkv_rows(config, index))
-    gate, up = read.gate_up(config.n_ff[index])
+    router = config.router if index in config.routed else None
+    if router is None:
+        (gate, up), down = read.gate_up(config.n_ff[index]), read.part("ffn_down")
+    else:
+        gate, up, down = (read.part(f"ffn_{name}_exps") for name in ("gate", "up", "down"))
     norms = {name: read.norm(name) for name in (*BLOCK_NORMS, *HEAD_NORMS)}
     if config.parallel_residual and norms["ffn_norm"] is None:
         norms["ffn_norm"] = norms["attn_norm"]
@@ -150,9 +158,11 @@ def build_layer(ops: Ops, config: Config, index: int, placed: Placed, like: Laye
         q_norm_heads=_heads_apart(norms["attn_q_norm"], config.n_heads[index], config.head_dim),
         k_norm_heads=_heads_apart(norms["attn_k_norm"], config.n_kv_heads[index], config.head_dim),
         attn_output=[read.part("attn_output")],
+        ffn_gate_inp=[read.part("ffn_gate_inp")] if router else [],
         ffn_gate=gate,
         ffn_up=up,
-        ffn_down=[read.part("ffn_down")],
+        ffn_down=[down],
+        share=router.used / router.experts if router else 1.0,
     )
 
 
@@ -190,8 +200,9 @@ class _Reader:
 
     def _bias(self, name: str) -> np.ndarray | None:
         if self.like is None:
-            return self.vector(name, "bias")
-        part = getattr(self.like, name)
+            values = self.vector(name, "bias")
+            return None if values is None else values.reshape(-1)
+        part = getattr(self.like, name.removesuffix("_exps"))
         return (part[0] if isinstance(part, list) else part)[1]
 
     def qkv(self, *counts: int) -> list[Part]:

@@ -1,5 +1,6 @@
 """The forward pass against a float64 reference, and the promises that the token loop builds on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,12 +57,14 @@ def test_a_short_context_takes_the_short_factors(tmp_path, device):
 
 
 WIDE = Recipe(layers=2, width=256, heads=4, dim=64, dim_v=64, inner=256)
+EXPERTS = replace(WIDE, arch="qwen3moe", head_norms="one", experts=(9, 3), expert_inner=256)
 
 
+@pytest.mark.parametrize("sizes", [WIDE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("type", [format.name for format in FORMATS.values()])
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "generated"])
-def test_every_tensor_type_runs(model_of, type, prompt):
-    recipe = Recipe(**vars(WIDE) | {"type": type})
+def test_every_tensor_type_runs(model_of, sizes, type, prompt):
+    recipe = replace(sizes, type=type)
     model = model_of(recipe)
     logits = feed(model, TOKENS, [len(TOKENS)] if prompt else [1] * len(TOKENS), prompt)
     exact = type in ("F32", "F16", "BF16") or model.ops.name == "portable"
@@ -69,11 +72,12 @@ def test_every_tensor_type_runs(model_of, type, prompt):
     assert error(logits, Reference(model.path).logits(TOKENS)) < (1e-5 if exact else 0.05)
 
 
-BITWISE = ["llama-biases", "gemma2", "phi3", "stablelm-parallel", "sizes-by-layer"]
-QUANTIZED = [Recipe(**vars(WIDE) | {"type": type}) for type in ("Q4_0", "Q4_K", "Q6_K", "F16")]
+BITWISE = ["llama-biases", "gemma2", "phi3", "stablelm-parallel", "sizes-by-layer", "qwen3moe", "granitemoe"]
+QUANTIZED = [replace(WIDE, type=type) for type in ("Q4_0", "Q4_K", "Q6_K", "F16")]
+QUANTIZED += [replace(EXPERTS, type=type) for type in ("Q8_0", "Q4_K")]
 
 
-@pytest.mark.parametrize("recipe", [*BITWISE, *QUANTIZED], ids=lambda r: getattr(r, "type", r))
+@pytest.mark.parametrize("recipe", [*BITWISE, *QUANTIZED], ids=lambda r: r if isinstance(r, str) else f"{r.arch}-{r.type}")
 class TestRowsDoNotDependOnTheirCompany:
     """A row's logits depend on its role and position alone, bit for bit."""
 

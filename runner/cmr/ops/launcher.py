@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import generated, grouped, jobs, pages, prompts, turning
+from cmr.ops.kernels import experts, generated, grouped, jobs, pages, prompts, turning
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.pool import Pool
 from cmr.ops.program import Program, Stretch
@@ -20,6 +20,9 @@ JOBS = {
     "embed_rows": jobs.EMBED_ROWS,
     "project": jobs.PROJECT,
     "glu": jobs.GLU,
+    "route": experts.ROUTE,
+    "glu_experts": experts.GLU_EXPERTS,
+    "add_experts": experts.ADD_EXPERTS,
     "norm_rows": jobs.NORM_ROWS,
     "rope_rows": jobs.ROPE_ROWS,
     "finish_rows": jobs.FINISH_ROWS,
@@ -97,6 +100,7 @@ class Launcher:
         self._addresses: dict[str, int] = {}
         self._fields = {name: Fields(len(names)) for name, names in JOBS.items()}
         self._x, self._y, self._space, self._partials = Scratch(), Scratch(), Scratch(), Scratch()
+        self._spread = Scratch()
         self._notes = Scratch()
         self._program: Program | None = None
 
@@ -174,7 +178,7 @@ class Launcher:
         self._pool.run_program(stretch)
 
     def _scratch(self) -> list[np.ndarray]:
-        return [scratch.memory for scratch in (self._x, self._y, self._space, self._partials)]
+        return [scratch.memory for scratch in (self._x, self._y, self._space, self._partials, self._spread)]
 
     def _threads_scratch(self, each: int) -> tuple[int, int]:
         """Scratch for every thread: address and bytes for each."""

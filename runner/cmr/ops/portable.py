@@ -15,7 +15,7 @@ from cmr.evidence import UNIT, Notes
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
-from cmr.ops.portable_pages import PortablePages
+from cmr.ops.portable_experts import PortableExperts
 from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer, zeros
 from cmr.quants import row_bytes
 
@@ -27,10 +27,11 @@ BLOCK_ROWS = 2048
 Part = tuple[Matrix, np.ndarray | None]
 
 
-class PortableOps(PortablePages):
+class PortableOps(PortableExperts):
     """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
 
     name = "portable"
+    experts = True
     replays = False
 
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
@@ -38,6 +39,7 @@ class PortableOps(PortablePages):
         self.threads = self.prompt_threads = 1
         self.cached = 0
         self.lock = threading.Lock()
+        self._experts: dict[tuple[int, int], tuple[Matrix, Matrix]] = {}
 
     def ahead(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -50,13 +52,12 @@ class PortableOps(PortablePages):
     def matrix(
         self, tensor: Tensor, address: int | None = None, rows: tuple[int, int] | None = None
     ) -> Matrix:
-        start, stop = rows or (0, tensor.shape[0])
-        stride = row_bytes(tensor.type, tensor.shape[1])
+        *counts, cols = tensor.shape
+        start, stop = rows or (0, math.prod(counts))
+        stride = row_bytes(tensor.type, cols)
         base = tensor.address if address is None else address
         resident = address is None
-        return Matrix(
-            tensor.type, stop - start, tensor.shape[1], stride, base + start * stride, tensor, resident
-        )
+        return Matrix(tensor.type, stop - start, cols, stride, base + start * stride, tensor, resident)
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         return dequantize(tensor.data[None], tensor.type).reshape(-1).copy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,6 +159,42 @@ class Pages:
     def slots(self) -> int:
         """The most slots that a row attends to."""
         return self.size * (self.first + self.top + self.last + 1)
+
+
+class Router(NamedTuple):
+    """How rows choose: `used` of so many `experts`, by a softmax of their logits, times `scale`.
+
+    It is one over the chosen where `normalized`, else over all.
+    """
+
+    experts: int
+    used: int
+    normalized: bool
+    scale: float
+
+
+class Routes:
+    """Who chose which expert, for up to `rows` rows: see kernels/experts.py for what the arrays hold."""
+
+    def __init__(self, rows: int, router: Router) -> None:
+        self.router = router
+        count = rows * router.used
+        self.chosen, self.order, self.place = (np.zeros(count, np.int64) for _ in range(3))
+        self.weights = np.zeros(count, np.float32)
+        self.groups = np.zeros((min(count, router.experts), 4), np.int64)
+        self.size = np.zeros(1, np.int64)
+        self.counts = np.zeros((router.experts, 2), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the arrays."""
+        return routes_bytes(len(self.weights) // self.router.used, self.router)
+
+
+def routes_bytes(rows: int, router: Router) -> int:
+    """Return the bytes of Routes for so many rows."""
+    count = rows * router.used
+    return 28 * count + 32 * min(count, router.experts) + 8 + 16 * router.experts
 
 
 def make_buffer(rows: int, cols: int) -> Buffer:

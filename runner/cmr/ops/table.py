@@ -9,7 +9,7 @@ import numpy as np
 
 from cmr.evidence import Notes
 from cmr.gguf_file import Tensor
-from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Segment
+from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Router, Routes, Segment
 
 Part = tuple[Matrix, np.ndarray | None]
 
@@ -24,6 +24,7 @@ class Ops(Protocol):
     name: str
     threads: int
     prompt_threads: int
+    experts: bool  # whether there are routes() and what takes them
     replays: bool  # whether there are recording(), replay(), places() and move(): see replay.py
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -98,6 +99,45 @@ class Ops(Protocol):
         norm: Norm | None = None,
     ) -> None:
         """out = act(gate @ norm(x)) * (up @ norm(x)); act: silu, gelu (by tanh), gelu_erf, relu2."""
+
+    def routes(self, rows: int, router: Router) -> Routes:
+        """Make room for what up to `rows` rows choose."""
+
+    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
+        """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`."""
+
+    def glu_experts(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        gate: Part,
+        up: Part,
+        act: str,
+        routes: Routes,
+        out: Buffer,
+        norm: Norm | None = None,
+    ) -> None:
+        """As glu, by the experts that each row chose, whose matrices lie one behind the other.
+
+        `out` takes float32 [n * used, rows of an expert] in the order of `routes`, wherever its own rows end.
+        """
+
+    def add_experts(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        down: Part,
+        routes: Routes,
+        out: Buffer,
+        add: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        """out = scale * the weighted sum of W @ x + b of the experts that each row chose, or += with `add`.
+
+        x is what glu_experts gave.
+        """
 
     def norm(self, x: Buffer, n: int, norm: Norm, out: Buffer) -> None:
         """out = norm(x); `out` may be `x`."""

@@ -44,6 +44,7 @@ class CudaOps(AttentionOps):
     """
 
     name = "cuda"
+    experts = False
     replays = False
     threads = prompt_threads = 1
 

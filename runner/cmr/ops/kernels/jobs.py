@@ -66,7 +66,7 @@ def spans(v, counter, rows, me, team, body):
         v.set(high, v.choose(final, end, v.smin(v.add(v.get(low), size), end)))
 
 
-def _prepare_rows(v, f, me, team):
+def prepare_rows(v, f, me, team):
     """Norm, pad and quantize this thread's rows as the products read them; the padded number of columns."""
     padded = v.b.and_(v.add(f["columns"], STEP - 1), v.i(-STEP))
     norm = read_fields(v, f["norm"], ("kind", "weight", "bias", "eps"))
@@ -83,12 +83,15 @@ def _prepare_rows(v, f, me, team):
     return padded
 
 
-def _multiply(v, f, part, padded, y, y_stride, first, last, scratch):
-    """Rows of one matrix times every token: prompt rows through gemm, the others through gemv."""
+def multiply(v, f, part, padded, y, y_stride, first, last, scratch):
+    """Rows of one matrix times every token: prompt rows through gemm, the others through gemv.
+
+    The records of `side` tokens lie side by side, where f tells that these are some of them.
+    """
     float_weights = v.compare(part["floats"], "!=", 0)
     x = v.choose(float_weights, f["floats"], f["records"])
     row_bytes = v.choose(float_weights, v.mul(padded, 4), RECORD)
-    stride = v.choose(float_weights, row_bytes, v.mul(f["n"], RECORD))
+    stride = v.choose(float_weights, row_bytes, v.mul(f.get("side", f["n"]), RECORD))
     prompt = f["n_prompt"]
     with v.when(v.compare(prompt, ">", 0)):
         head = (part["w"], part["row_bytes"], x, stride, y, y_stride, first, last, part["columns"])
@@ -103,7 +106,7 @@ def _multiply(v, f, part, padded, y, y_stride, first, last, scratch):
         call_kernel(v, kernel, *head, rest)
 
 
-def _behind(v, bias, first):
+def behind(v, bias, first):
     """The address of a bias from row `first` on, or 0 where there is none."""
     return v.choose(v.compare(bias, "==", 0), 0, v.add(bias, v.mul(first, 4)))
 
@@ -113,7 +116,7 @@ def project(v, args):
     """out = scale * (W @ norm(x) + b), or +=; fields PROJECT, a row of PART for each matrix."""
     control, argument, me, team = args[:4]
     f = read_fields(v, argument, PROJECT)
-    padded = _prepare_rows(v, f, me, team)
+    padded = prepare_rows(v, f, me, team)
     write(v, "barrier", control, team)
     scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     direct = v.compare(f["direct"], "!=", 0)
@@ -123,13 +126,13 @@ def project(v, args):
         target = v.add(y, v.mul(part["column"], 4))
 
         def body(first, last, part=part, target=target):
-            _multiply(v, f, part, padded, target, y_stride, first, last, scratch)
+            multiply(v, f, part, padded, target, y_stride, first, last, scratch)
             with v.when(v.b.not_(direct)):
                 with v.loop(0, f["n"]) as t:
                     offset = v.mul(v.add(part["column"], first), 4)
                     there = v.add(f["out"], v.mul(t, f["out_stride"]), offset)
                     source = v.add(f["y"], v.mul(t, f["y_stride"]), offset)
-                    bias = _behind(v, part["bias"], first)
+                    bias = behind(v, part["bias"], first)
                     call_kernel(v, f["finish"], there, source, bias, v.sub(last, first), f["add"], f["scale"])
 
         spans(v, v.add(control, COUNTERS, v.mul(k, LINE)), part["rows"], me, team, body)
@@ -140,16 +143,16 @@ def glu(v, args):
     """out = act(gate @ norm(x)) * (up @ norm(x)); fields GLU, two rows of PART: gate and up."""
     control, argument, me, team = args[:4]
     f = read_fields(v, argument, GLU)
-    padded = _prepare_rows(v, f, me, team)
+    padded = prepare_rows(v, f, me, team)
     write(v, "barrier", control, team)
     scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     gate = read_fields(v, f["parts"], PART)
     up = read_fields(v, v.add(f["parts"], 8 * len(PART)), PART)
 
     def body(first, last):
-        _multiply(v, f, gate, padded, f["out"], f["out_stride"], first, last, scratch)
-        _multiply(v, f, up, padded, f["y"], f["y_stride"], first, last, scratch)
-        biases = _behind(v, gate["bias"], first), _behind(v, up["bias"], first)
+        multiply(v, f, gate, padded, f["out"], f["out_stride"], first, last, scratch)
+        multiply(v, f, up, padded, f["y"], f["y_stride"], first, last, scratch)
+        biases = behind(v, gate["bias"], first), behind(v, up["bias"], first)
         with v.loop(0, f["n"]) as t:
             there = v.add(f["out"], v.mul(t, f["out_stride"]), v.mul(first, 4))
             source = v.add(f["y"], v.mul(t, f["y_stride"]), v.mul(first, 4))

@@ -1,0 +1,253 @@
+"""Mixtures of experts: rows choose a few of many matrices, and rows that chose the same are multiplied together.
+
+A row's choices are assignments, number row * used + slot. Sorted by expert, and within one as they come, they have
+places; prompt rows come first, so those of one expert do too. What lies where, int64 but for the weights:
+
+    chosen[assignments]  the expert            order[places]  the assignment
+    weights[assignments] float32               place[assignments]
+    groups[size]         expert, first place, places of prompt rows, places
+"""
+
+from .emit import call_kernel, emitter, write
+from .jobs import INPUT, PART, PIECES, ROOM, behind, multiply, prepare_rows, read_fields
+from .product import RECORD, STEP
+from .threads import COUNTERS, draw
+from .vector import F32, I64, fill
+
+ROUTE = (
+    *("logits", "stride", "experts", "used", "n", "n_prompt", "normalized", "scale"),
+    *("chosen", "weights", "order", "place", "groups", "size", "counts"),
+)
+GROUP = ("expert", "first", "prompt", "count")
+CHOICE = ("used", "chosen", "weights", "order", "place", "groups", "size", "rows")
+GLU_EXPERTS = (*INPUT, *ROOM, *PIECES, "gate", *CHOICE, "plain", "place_floats", "place_records")
+ADD_EXPERTS = (*INPUT, *ROOM, *PIECES, *CHOICE, "tokens", "add", "scale")
+BLOCK = 128  # rows of an expert that a thread multiplies at a time
+COLUMNS = 256  # outputs that a thread adds up at a time
+
+
+@emitter("route")
+def route(v, args):
+    """Choose the experts of each row by its logits, which are lost, and sort them; fields ROUTE."""
+    control, argument, me, team = args[:4]
+    f = read_fields(v, argument, ROUTE)
+    with v.loop(me, f["n"], team) as row:
+        _choose(v, f, row)
+    write(v, "barrier", control, team)
+    with v.when(v.compare(me, "==", 0)):
+        _sort(v, f)
+
+
+def _choose(v, f, row):
+    """Take the experts with the largest logits, the first of equal ones; their weights are a softmax.
+
+    It is one over those that were chosen where `normalized`, else over all experts.
+    """
+    logits = v.add(f["logits"], v.mul(row, f["stride"]))
+    peak = v.load(v.add(logits, v.mul(_largest(v, logits, f["experts"]), 4)), F32)
+    total = v.variable(F32(0.0))
+    chosen_too = v.compare(f["normalized"], "!=", 0)
+    with v.when(v.b.not_(chosen_too)):
+        v.set(total, _sum_of_powers(v, logits, f["experts"], peak))
+    start = v.mul(row, f["used"])
+    with v.loop(0, f["used"]) as slot:
+        expert = _largest(v, logits, f["experts"])
+        here = v.add(logits, v.mul(expert, 4))
+        power = v.lane(v.exp(v.splat(v.b.fsub(v.load(here, F32), peak), 16)), 0)
+        v.store(here, F32(float("-inf")), 4)
+        at = v.add(start, slot)
+        v.store(v.add(f["chosen"], v.mul(at, 8)), expert)
+        v.store(v.add(f["weights"], v.mul(at, 4)), power, 4)
+        with v.when(chosen_too):
+            v.set(total, v.b.fadd(v.get(total), power))
+    by = v.b.fdiv(v.f32_bits(f["scale"]), v.get(total))
+    with v.loop(0, f["used"]) as slot:
+        there = v.add(f["weights"], v.mul(v.add(start, slot), 4))
+        v.store(there, v.b.fmul(v.load(there, F32), by), 4)
+
+
+def _largest(v, logits, count):
+    """The index of the largest of `count` float32; 0 where none is above minus infinity."""
+    best, index = v.variable(F32(float("-inf"))), v.variable(I64(0))
+    with v.loop(0, count) as i:
+        value = v.load(v.add(logits, v.mul(i, 4)), F32)
+        with v.when(v.b.fcmp_ordered(">", value, v.get(best))):
+            v.set(best, value)
+            v.set(index, i)
+    return v.get(index)
+
+
+def _sum_of_powers(v, logits, count, peak):
+    """The sum of exp(logit - peak)."""
+    lanes, rest = v.variable(fill(F32, 16, 0.0)), v.variable(F32(0.0))
+
+    def body(at, width):
+        power = v.exp(v.b.fsub(v.load_vector(v.add(logits, v.mul(at, 4)), width), v.splat(peak, width)))
+        if width == 1:
+            v.set(rest, v.b.fadd(v.get(rest), v.lane(power, 0)))
+        else:
+            v.set(lanes, v.b.fadd(v.get(lanes), power))
+
+    v.chunks(count, body)
+    return v.b.fadd(v.sum(v.get(lanes)), v.get(rest))
+
+
+def _sort(v, f):
+    """Give every assignment its place, and note the group of each expert that was chosen."""
+    total, prompt = v.mul(f["n"], f["used"]), v.mul(f["n_prompt"], f["used"])
+    v.clear(f["counts"], v.mul(f["experts"], 16))
+
+    def chosen(assignment):
+        return v.load(v.add(f["chosen"], v.mul(assignment, 8)), I64)
+
+    def count_up(expert, which):
+        there = v.add(f["counts"], v.mul(expert, 16), 8 * which)
+        before = v.load(there, I64)
+        v.store(there, v.add(before, 1), 8)
+        return before
+
+    with v.loop(0, total) as a:
+        count_up(chosen(a), 0)
+        with v.when(v.compare(a, "<", prompt)):
+            count_up(chosen(a), 1)
+    first, size = v.variable(I64(0)), v.variable(I64(0))
+    with v.loop(0, f["experts"]) as expert:
+        there = v.add(f["counts"], v.mul(expert, 16))
+        count, prompts = v.load(there, I64), v.load(v.add(there, 8), I64)
+        v.store(there, v.get(first), 8)  # from now on the next place
+        with v.when(v.compare(count, ">", 0)):
+            group = v.add(f["groups"], v.mul(v.get(size), 8 * len(GROUP)))
+            for k, value in enumerate((expert, v.get(first), prompts, count)):
+                v.store(v.add(group, 8 * k), value, 8)
+            v.set(size, v.add(v.get(size), 1))
+            v.set(first, v.add(v.get(first), count))
+    v.store(f["size"], v.get(size), 8)
+    with v.loop(0, total) as a:
+        place = count_up(chosen(a), 0)
+        v.store(v.add(f["order"], v.mul(place, 8)), a, 8)
+        v.store(v.add(f["place"], v.mul(a, 8)), place, 8)
+
+
+@emitter("glu_experts")
+def glu_experts(v, args):
+    """out[place] = act(gate @ norm(x)) * (up @ norm(x)) by each row's experts; fields GLU_EXPERTS."""
+    control, argument, me, team = args[:4]
+    f = read_fields(v, argument, GLU_EXPERTS)
+    padded = prepare_rows(v, f, me, team)
+    write(v, "barrier", control, team)
+    places = v.mul(f["n"], f["used"])
+    _spread(v, f, padded, places, me, team)
+    write(v, "barrier", control, team)
+    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    gate, up = (read_fields(v, v.add(f["parts"], 8 * len(PART) * k), PART) for k in (0, 1))
+    inputs = {"floats": f["place_floats"], "records": f["place_records"], "side": places}
+
+    def body(group, first, last):
+        tokens = _of_group(v, inputs, group, padded)
+        skipped = v.mul(group["expert"], f["rows"])
+        out, y = (v.add(f[name], v.mul(group["first"], f[f"{name}_stride"])) for name in ("out", "y"))
+        for part, target, stride in ((gate, out, f["out_stride"]), (up, y, f["y_stride"])):
+            multiply(v, tokens, _of_expert(v, part, skipped), padded, target, stride, first, last, scratch)
+        biases = [behind(v, part["bias"], v.add(skipped, first)) for part in (gate, up)]
+        with v.loop(0, group["count"]) as t:
+            there = v.add(out, v.mul(t, f["out_stride"]), v.mul(first, 4))
+            source = v.add(y, v.mul(t, f["y_stride"]), v.mul(first, 4))
+            call_kernel(v, f["gate"], there, source, *biases, v.sub(last, first))
+
+    _draw_blocks(v, f, v.add(control, COUNTERS), body)
+
+
+def _spread(v, f, padded, places, me, team):
+    """Copy what products read of a row to the places of its assignments."""
+    with v.loop(me, places, team) as place:
+        row = v.divide(v.load(v.add(f["order"], v.mul(place, 8)), I64), f["used"])
+        with v.when(v.compare(f["plain"], "!=", 0)):
+            size = v.mul(padded, 4)
+            v.copy(v.add(f["place_floats"], v.mul(place, size)), v.add(f["floats"], v.mul(row, size)), size)
+        with v.when(v.compare(f["quantized"], "!=", 0)):
+            with v.loop(0, v.divide(padded, STEP)) as step:
+                source = v.mul(v.add(v.mul(step, f["n"]), row), RECORD)
+                target = v.mul(v.add(v.mul(step, places), place), RECORD)
+                v.copy(v.add(f["place_records"], target), v.add(f["records"], source), RECORD)
+
+
+def _of_group(v, inputs, group, padded):
+    """What multiply() reads of the inputs of one group."""
+    return {
+        "floats": v.add(inputs["floats"], v.mul(v.mul(group["first"], padded), 4)),
+        "records": v.add(inputs["records"], v.mul(group["first"], RECORD)),
+        "side": inputs["side"],
+        "n": group["count"],
+        "n_prompt": group["prompt"],
+    }
+
+
+def _of_expert(v, part, skipped):
+    """The matrix of an expert, which begins so many rows behind the first one's."""
+    return part | {"w": v.add(part["w"], v.mul(skipped, part["row_bytes"]))}
+
+
+def _draw_blocks(v, f, counter, body):
+    """Run body(group, first, last) over blocks of the rows of every chosen expert, as threads come free."""
+    blocks = v.divide(v.add(f["rows"], BLOCK - 1), BLOCK)
+    total = v.mul(v.load(f["size"], I64), blocks)
+    with v.repeat() as leave:
+        ticket = draw(v, counter)
+        leave(v.compare(ticket, ">=", total))
+        group = read_fields(v, v.add(f["groups"], v.mul(v.divide(ticket, blocks), 8 * len(GROUP))), GROUP)
+        first = v.mul(v.remainder(ticket, blocks), BLOCK)
+        body(group, first, v.smin(v.add(first, BLOCK), f["rows"]))
+
+
+@emitter("add_experts")
+def add_experts(v, args):
+    """out = scale * sum of weight * (W @ x + b) over the places of each row, or +=; fields ADD_EXPERTS, x by place."""
+    control, argument, me, team = args[:4]
+    f = read_fields(v, argument, ADD_EXPERTS)
+    padded = prepare_rows(v, f, me, team)
+    write(v, "barrier", control, team)
+    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    part = read_fields(v, f["parts"], PART)
+    inputs = {"floats": f["floats"], "records": f["records"], "side": f["n"]}
+
+    def body(group, first, last):
+        tokens, skipped = _of_group(v, inputs, group, padded), v.mul(group["expert"], f["rows"])
+        y = v.add(f["y"], v.mul(group["first"], f["y_stride"]))
+        multiply(v, tokens, _of_expert(v, part, skipped), padded, y, f["y_stride"], first, last, scratch)
+
+    _draw_blocks(v, f, v.add(control, COUNTERS), body)
+    write(v, "barrier", control, team)
+    blocks = v.divide(v.add(f["rows"], COLUMNS - 1), COLUMNS)
+    with v.loop(me, v.mul(f["tokens"], blocks), team) as item:
+        first = v.mul(v.remainder(item, blocks), COLUMNS)
+        _add_up(v, f, part, v.divide(item, blocks), first, v.smin(v.sub(f["rows"], first), COLUMNS))
+
+
+def _add_up(v, f, part, row, first, count):
+    """Sum `count` outputs of a row from `first` on over its experts, in the order in which they were chosen."""
+    biased = v.compare(part["bias"], "!=", 0)
+    adding = v.compare(f["add"], "!=", 0)
+    start = v.mul(row, f["used"])
+    out = v.add(f["out"], v.mul(row, f["out_stride"]), v.mul(first, 4))
+
+    def body(at, lanes):
+        column = v.mul(v.add(first, at), 4)
+        total = v.variable(v.splat(F32(0.0), lanes))
+        with v.loop(0, f["used"]) as slot:
+            a = v.add(start, slot)
+            place = v.load(v.add(f["place"], v.mul(a, 8)), I64)
+            value = v.variable(v.load_vector(v.add(f["y"], v.mul(place, f["y_stride"]), column), lanes))
+            with v.when(biased):
+                expert = v.load(v.add(f["chosen"], v.mul(a, 8)), I64)
+                bias = v.add(part["bias"], v.mul(v.mul(expert, f["rows"]), 4), column)
+                v.set(value, v.b.fadd(v.get(value), v.load_vector(bias, lanes)))
+            weight = v.splat(v.load(v.add(f["weights"], v.mul(a, 4)), F32), lanes)
+            v.set(total, v.fma(weight, v.get(value), v.get(total)))
+        there, factor = v.add(out, v.mul(at, 4)), v.splat(v.f32_bits(f["scale"]), lanes)
+        with v.b.if_else(adding) as (yes, no):
+            with yes:
+                v.store(there, v.fma(factor, v.get(total), v.load_vector(there, lanes)), 4)
+            with no:
+                v.store(there, v.b.fmul(factor, v.get(total)), 4)
+
+    v.chunks(count, body)
