@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +163,7 @@ SCALES_AT = {
     "Q6_K": [208],
     "IQ4_NL": [0],
     "IQ4_XS": [0],
+    "MXFP4": [],
 }
 
 
@@ -180,10 +181,17 @@ def random_blocks(
         floats = (rng.standard_normal((rows, k)) * scale).astype(np.float32)
         return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     blocks = rng.integers(0, 256, (n, layout.bytes), np.uint8)
-    for at in SCALES_AT[layout.name]:
-        scales = rng.uniform(-scale, scale, n).astype(np.float16)
-        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(n, 2)
+    set_scales(layout.name, blocks, lambda: rng.uniform(-scale, scale, n))
     return blocks.reshape(rows, -1)
+
+
+def set_scales(type: str, blocks: np.ndarray, draw: Callable[[], Any]) -> None:
+    """Write the scales that draw() gives into blocks, uint8 [n, bytes]; MXFP4 has powers of two near them."""
+    if type == "MXFP4":
+        with np.errstate(divide="ignore"):
+            blocks[:, 0] = np.clip(np.rint(128 + np.log2(abs(draw()))), 0, 255)
+    for at in SCALES_AT[type]:
+        blocks[:, at : at + 2] = np.float16(draw()).reshape(-1, 1).view(np.uint8)
 
 
 def random_tensor(

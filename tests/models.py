@@ -38,6 +38,7 @@ class Recipe:
     experts: tuple[int, int] | None = None  # how many there are, and how many a row chooses
     dense: tuple[int, ...] = ()  # layers without experts all the same
     expert_inner: int = 32
+    sinks: bool = False
     type: str = "F32"
 
     def at(self, name: str, layer: int) -> int:
@@ -106,6 +107,8 @@ class _Maker:
             for name, count in rows.items():
                 self.matrix(blk + name, count, r.width)
         self.feed_forward(blk, inner, layer in r.dense)
+        if r.sinks:
+            self.made[f"{blk}attn_sinks.weight"] = self.rng.uniform(-1, 3, heads).astype(np.float32)
         self.matrix(f"{blk}attn_output", r.width, heads * r.dim_v)
 
     def feed_forward(self, blk: str, inner: int, dense: bool) -> None:
@@ -219,6 +222,16 @@ RECIPES: dict[str, Recipe] = {
             "expert_weights_scale": 1.7,
         },
     ),
+    "gpt-oss": Recipe(
+        arch="gpt-oss",
+        layers=4,
+        norms=("attn_norm", "post_attention_norm"),
+        experts=(7, 4),
+        sinks=True,
+        biases=(*_QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        meta=_YARN | {"attention.sliding_window": 9},
+    ),
+    "sinks": Recipe(arch="qwen3", head_norms="one", sinks=True, kv_heads=1),
     "gemma2": Recipe(
         arch="gemma2",
         norms=_SANDWICH,

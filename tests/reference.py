@@ -64,11 +64,14 @@ class Reference:
     def block(self, h, layer):
         blk, eps, scale = f"blk.{layer}", self.eps(), self.key("residual_scale", 1.0)
         x = self.norm(h, f"{blk}.attn_norm", eps)
-        a = self.norm(self.attention(x, layer), f"{blk}.post_attention_norm", eps)
+        a = self.attention(x, layer)
+        if self.arch != "gpt-oss":  # whose norm of this name is the next one
+            a = self.norm(a, f"{blk}.post_attention_norm", eps)
         if self.arch == "stablelm" and f"{blk}.ffn_norm.weight" not in self.weights:
             return h + a + self.mlp(x, blk)  # StableLM 2 12B: both branches read the same norm
         h = h + scale * a
-        f = self.mlp(self.norm(h, f"{blk}.ffn_norm", eps), blk)
+        name = "post_attention_norm" if self.arch == "gpt-oss" else "ffn_norm"
+        f = self.mlp(self.norm(h, f"{blk}.{name}", eps), blk)
         return h + scale * self.norm(f, f"{blk}.post_ffw_norm", eps)
 
     def mlp(self, x, blk):
@@ -96,7 +99,11 @@ class Reference:
                 p /= p[chosen].sum()
             for expert in chosen:
                 gate, up = (self.expert(x[row], f"{blk}.ffn_{name}_exps", expert) for name in ("gate", "up"))
-                inner = gate / (1 + np.exp(-gate)) * up
+                if self.arch == "gpt-oss":
+                    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+                    inner = gate / (1 + np.exp(-1.702 * gate)) * up
+                else:
+                    inner = gate / (1 + np.exp(-gate)) * up
                 out[row] += p[expert] * self.expert(inner, f"{blk}.ffn_down_exps", expert)
         return out * (self.key("expert_weights_scale") or 1.0)
 
@@ -136,8 +143,12 @@ class Reference:
                 s = cap * np.tanh(s / cap)
             far = pos[:, None] - pos[None, :]
             s[(far < 0) | ((far >= window) if window else False)] = -np.inf
-            p = np.exp(s - s.max(1, keepdims=True))
-            out[:, head] = p / p.sum(1, keepdims=True) @ v[:, group]
+            top = s.max(1, keepdims=True)
+            p = np.exp(s - top)
+            total = p.sum(1, keepdims=True)
+            if f"{blk}.attn_sinks.weight" in self.weights:
+                total += np.exp(self.weights[f"{blk}.attn_sinks.weight"][head] - top)
+            out[:, head] = p / total @ v[:, group]
         return self.linear(out.reshape(n, -1), f"{blk}.attn_output")
 
     def head_norm(self, x, name, heads, eps):
@@ -152,7 +163,7 @@ class Reference:
         pattern = self.key("attention.sliding_window_pattern")
         if isinstance(pattern, list):
             return size if pattern[layer] else 0
-        every = {"gemma2": 2, "gemma3": 6, "olmo2": 4}.get(self.arch)
+        every = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}.get(self.arch)
         if self.arch == "phi3":
             return size
         return size if every and layer % every != every - 1 else 0

@@ -34,7 +34,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a dense transformer with gated feed-forward blocks."""
+    """The sizes of a transformer with gated feed-forward blocks, of which each layer has one or `experts`."""
 
     arch: str
     layers: int
@@ -50,6 +50,8 @@ class Shape:
     tied: bool = True
     head_norms: bool = False
     rope_factor: float = 0.0  # of Llama 3.1's frequency scaling; 0: none
+    experts: int = 0
+    used: int = 0  # experts that a token chooses
 
 
 SHAPES = {
@@ -57,6 +59,10 @@ SHAPES = {
     "llama-3.2-1b-sister": Shape("llama", 4, 512, 8, 4, 64, 1536, 128256, 131072, 5e5, rope_factor=32),
     "llama-3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 5e5, tied=False),
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, head_norms=True),
+    # Eight of the 48 layers of Qwen3-30B-A3B.
+    "qwen3-moe": Shape(
+        "qwen3moe", 8, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, 1e-6, False, True, experts=128, used=8
+    ),
     "110m": Shape("llama", 12, 768, 12, 12, 64, 2048, 32000, 4096, 1e4),
     "small": Shape("llama", 2, 256, 4, 2, 64, 512, 1024, 1024, 1e4),
 }
@@ -127,6 +133,11 @@ def tensors(shape: Shape, file_type: str) -> dict[str, tuple[Format, tuple[int, 
             "ffn_up": (plain, (shape.ffn, shape.embd), 1.0),
             "ffn_down": (rich, (shape.embd, shape.ffn), 1.0),
         }
+        if shape.experts:
+            for name in ("ffn_gate", "ffn_up", "ffn_down"):
+                format, dims, spread = block.pop(name)
+                block[f"{name}_exps"] = (format, (shape.experts, *dims), spread)
+            block["ffn_gate_inp"] = (f32, (shape.experts, shape.embd), 1.0)
         if shape.head_norms:
             block |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (f32, (shape.head_dim,), 0.1))
         out |= {f"blk.{layer}.{name}.weight": row for name, row in block.items()}
@@ -185,7 +196,8 @@ def chunks(
     elif len(dims) == 1:
         yield (1 + spread * rng.standard_normal(dims)).astype(np.float32).tobytes()
     else:
-        rows, k = dims
+        *counts, k = dims
+        rows = math.prod(counts)
         step = max(1, CHUNK_BYTES // (k // format.elements * format.bytes))
         for start in range(0, rows, step):
             yield random_rows(rng, format, min(step, rows - start), k, spread).tobytes()
@@ -207,6 +219,12 @@ def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, A
         "rope.dimension_count": shape.head_dim,
         "vocab_size": shape.vocab,
     }
+    if shape.experts:
+        sizes |= {
+            "expert_count": shape.experts,
+            "expert_used_count": shape.used,
+            "expert_feed_forward_length": shape.ffn,
+        }
     general = {"architecture": shape.arch, "name": f"random {name}", "file_type": FILE_TYPES[file_type][0]}
     return (
         {f"general.{key}": item for key, item in general.items()}

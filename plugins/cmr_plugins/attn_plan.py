@@ -50,7 +50,7 @@ class AttnPlan:
         if model.config.window[layer] or set(names) == {FULL}:
             return None
         own = model.rule(layer)
-        rules = [replace(rule_of(name), scale=own.scale, softcap=own.softcap) for name in names]
+        rules = [replace(own, window=rule.window, sinks=rule.sinks) for rule in map(rule_of, names)]
         return rules[0] if len(set(names)) == 1 else _banded(rules, found["lengths"])
 
     @hookimpl

@@ -15,6 +15,7 @@ class Quirks:
         "attn_norm",
         "ffn_norm",
     )  # those that every block must have; more are used if there
+    norm_tensors: tuple[tuple[str, str], ...] = ()  # norms that go by the name of another, or by none
     pairing: str = "neox"  # which elements rotate together: (i, i + rot / 2), or "norm": (2 i, 2 i + 1)
     norm_kind: str = "rms"
     activation: str = "silu"
@@ -67,6 +68,12 @@ ARCHITECTURES: dict[str, Quirks] = {
         window_rope_plain=True,
     ),
     "phi3": Quirks(window_period=0),
+    "gpt-oss": Quirks(
+        norms=("attn_norm", "post_attention_norm"),
+        norm_tensors=(("ffn_norm", "post_attention_norm"), ("post_attention_norm", "")),
+        activation="swiglu_oai",
+        window_period=2,
+    ),
     "granite": Quirks(pairing="norm", logits_divided=True, rope_switch=True),
     "granitemoe": Quirks(pairing="norm", logits_divided=True, rope_switch=True),
     "olmo2": Quirks(

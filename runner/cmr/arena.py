@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from cmr.config import Config
 from cmr.ops.records import Buffer, routes_bytes
-from cmr.ops.table import Ops
+from cmr.ops.table import Experts, Ops
 from cmr.shapes import qkv_rows
 
 # Views are remembered for so many row ranges; a decoding batch needs one range for each of its sequences.
@@ -35,7 +35,7 @@ class Arena:
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
         router = config.router
         self.choices: Any = ops.buffer(rows, router.experts) if router else None
-        self.routes: Any = ops.routes(rows, router) if router else None
+        self.routes: Any = cast(Experts, ops).routes(rows, router) if router else None
         self.tokens, self.pos = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 

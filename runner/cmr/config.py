@@ -25,10 +25,11 @@ class Config:
     """A decoder. Tuples have one entry for each layer; scales multiply, and caps of 0 do nothing.
 
     `window` counts the latest positions that a layer sees, itself included (0: all). `rope` is None where a
-    layer does not rotate. `norms` are the norms that every block must have. With `parallel_residual`
-    attention and feed-forward read the same input. `attn_temperature` is (scale, floor): queries at position
-    p are multiplied by 1 + scale * log(1 + floor(p / floor)). Layers that `routed` names are mixtures of experts, of
-    which rows choose by `router`; their `n_ff` is that of one expert.
+    layer does not rotate. `norms` are the norms that every block must have, `norm_tensors` says which are called
+    otherwise in the file. With `parallel_residual` attention and feed-forward read the same input.
+    `attn_temperature` is (scale, floor): queries at position p are multiplied by 1 + scale * log(1 + floor(p / floor)).
+    Layers that `routed` names are mixtures of experts, of which rows choose by `router`; their `n_ff` is that of one
+    expert. `sink_logits` are those of kvcache.AttnRule.
     """
 
     arch: str
@@ -55,10 +56,19 @@ class Config:
     window: tuple[int, ...]
     rope: tuple[Rope | None, ...]
     norms: tuple[str, ...]
+    norm_tensors: Mapping[str, str]
     parallel_residual: bool
     attn_temperature: tuple[float, int] | None
     router: Router | None
     routed: frozenset[int]
+    sink_logits: tuple[np.ndarray | None, ...]
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What the model needs of an op table that not all have."""
+        needs = {"experts": self.routed, "swiglu_oai": self.activation == "swiglu_oai"}
+        needs["sink_logits"] = any(logits is not None for logits in self.sink_logits)
+        return frozenset(name for name, needed in needs.items() if needed)
 
     def kv_shape(self, layer: int) -> tuple[int, int, int]:
         """Return (kv_heads, dim of keys, dim of values) of a layer's cache."""
@@ -106,10 +116,12 @@ def read_config(
         window=windows,
         rope=_ropes(keys, quirks, file.tensors, windows, sizes["head_dim"], n_ctx_train, n_ctx),
         norms=quirks.norms,
-        parallel_residual="ffn_norm" not in quirks.norms and _norms_once(file.tensors),
+        norm_tensors=dict(quirks.norm_tensors),
+        parallel_residual=quirks.norms == ("attn_norm",) and _norms_once(file.tensors),
         attn_temperature=_temperature(keys, n_ctx_train),
         router=router,
         routed=routed,
+        sink_logits=tuple(_sinks(file.tensors, layer, sizes["n_heads"][layer]) for layer in range(n_layers)),
     )
     keys.refuse_unread_overrides()
     return config
@@ -121,10 +133,11 @@ def _router(keys: Metadata, quirks: Quirks) -> Router | None:
     if not experts:
         return None
     used = keys.integer("expert_used_count", high=experts)
-    if keys.integer("expert_gating_func", 0, low=0) not in _SOFTMAXES:
-        raise keys.fail("expert_gating_func", "is none of a softmax, which is not supported")
-    if keys.integer("expert_group_count", 0, low=0) > 1:
-        raise keys.fail("expert_group_count", "is more than 1; experts in groups are not supported")
+    gating, groups = (keys.integer(f"expert_{name}", 0, low=0) for name in ("gating_func", "group_count"))
+    if gating not in _SOFTMAXES:
+        raise keys.fail("expert_gating_func", f"is {gating}, which is no softmax; only those are supported")
+    if groups > 1:
+        raise keys.fail("expert_group_count", f"is {groups}; experts in groups are not supported")
     normalized = keys.flag("expert_weights_norm", quirks.experts_normalized)
     scale = keys.number("expert_weights_scale", 0.0) or 1.0
     return Router(experts, used, normalized, scale)
@@ -231,9 +244,21 @@ def _factor_tensor(tensors: Mapping[str, Tensor], long: bool) -> str | None:
     return next((name for name in names if name in tensors), None)
 
 
+def _sinks(tensors: Mapping[str, Tensor], layer: int, heads: int) -> np.ndarray | None:
+    """A logit for each head that takes weight from all slots, or None."""
+    tensor = tensors.get(f"blk.{layer}.attn_sinks.weight")
+    if tensor is None:
+        return None
+    if tensor.shape != (heads,):
+        raise ModelError(
+            f"{tensor.name} has {tensor.shape[-1]} logits; {heads} are needed, one for each head"
+        )
+    return _floats(tensor)
+
+
 def _floats(tensor: Tensor) -> np.ndarray:
     if tensor.type_name != "F32":
-        raise ModelError(f"{tensor.name} has the type {tensor.type_name}; rotation factors must be F32")
+        raise ModelError(f"{tensor.name} has the type {tensor.type_name}; it must be F32")
     return tensor.data.view(np.float32).reshape(tensor.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from cmr.arena import Arena
 from cmr.config import Config
 from cmr.errors import RequestError
 from cmr.ops.records import RopeTable
-from cmr.ops.table import Ops
+from cmr.ops.table import Experts, Ops
 from cmr.replay import Replay
 from cmr.rope import Rope
 from cmr.weights import Layer, Weights
@@ -26,6 +26,7 @@ class Forward:
 
     def __init__(self, ops: Ops, config: Config, weights: Weights, max_rows: int) -> None:
         self.ops, self.config, self.weights, self.max_rows = ops, config, weights, max_rows
+        self.experts = cast(Experts, ops)
         self._arena: Arena | None = None
         self._headed = False  # whether logits hold those of all rows already
         self._replay = Replay(ops)
@@ -206,18 +207,18 @@ class Forward:
         """As _glu, by the experts that each row chooses; inner holds what they give."""
         choices, norm = arena.choices, layer.ffn_norm
         self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp, choices, norm=norm)
-        self.ops.route(choices, n, n_prompt, arena.routes)
+        self.experts.route(choices, n, n_prompt, arena.routes)
         pair = layer.ffn_gate, layer.ffn_up, self.config.activation, arena.routes
-        self.ops.glu_experts(arena.hidden, n, n_prompt, *pair, arena.inner, norm=norm)
+        self.experts.glu_experts(arena.hidden, n, n_prompt, *pair, arena.inner, norm=norm)
 
     def _add_chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
         """hidden += what the chosen experts give, normalized before it is added where there is a norm."""
         (down,), norm, scale = layer.ffn_down, layer.post_ffw_norm, self.config.residual_scale
         given = arena.inner, n, n_prompt, down, arena.routes
         if norm is None:
-            self.ops.add_experts(*given, arena.hidden, scale=scale)
+            self.experts.add_experts(*given, arena.hidden, scale=scale)
         else:
-            self.ops.add_experts(*given, arena.spare, add=False)
+            self.experts.add_experts(*given, arena.spare, add=False)
             self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
 
     def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:

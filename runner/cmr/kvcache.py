@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,16 @@ class AttnRule:
     """Which slots a query sees and how scores are formed: plain data, so that every kernel can obey it.
 
     A query at p sees positions <= p that are nearer than `window` (0: all) or below `sinks`. Scores are q.k
-    times `scale`, then softcap * tanh(score / softcap) where `softcap` > 0. In a plugin's rule, scale None
-    and softcap 0 mean the model's own.
+    times `scale`, then softcap * tanh(score / softcap) where `softcap` > 0. `sink_logits`, float32 [heads], join each
+    softmax as scores of a slot without a value. In a plugin's rule, scale None, softcap 0 and sink_logits
+    None mean the model's own.
     """
 
     window: int = 0
     sinks: int = 0
     softcap: float = 0.0
     scale: float | None = None
+    sink_logits: np.ndarray | None = field(default=None, compare=False)
 
     def attend(self, q: np.ndarray, cache: Any, q_pos: np.ndarray, out: np.ndarray, prompt: bool) -> None:
         """Attend under this rule from q, float32 [n, heads, dim] at q_pos, to a cache, into out."""

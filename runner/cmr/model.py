@@ -77,8 +77,11 @@ class Model:
         max_rows: int = MAX_ROWS,
     ) -> None:
         self.file, self.config, self.ops, self.path = file, config, ops, file.path
-        if config.router is not None and not ops.experts:
-            raise ModelError(f"device {ops.name!r} does not compute mixtures of experts; 'cpu' does")
+        lacking = sorted(config.features - ops.features)
+        if lacking:
+            raise ModelError(
+                f"device {ops.name!r} does not compute {' and '.join(lacking)}, which this model needs; 'cpu' does"
+            )
         self.metadata = {**file.metadata, **(overrides or {})}
         self.n_layers, self.n_vocab, self.max_rows = config.n_layers, config.n_vocab, max_rows
         self.weights = Weights(ops, config, file.tensors)
@@ -105,7 +108,8 @@ class Model:
     def rule(self, layer: int) -> AttnRule:
         """Return the model's own attention rule for a layer."""
         config = self.config
-        return AttnRule(config.window[layer], 0, config.attn_softcap, config.attention_scale)
+        sinks = config.sink_logits[layer]
+        return AttnRule(config.window[layer], 0, config.attn_softcap, config.attention_scale, sinks)
 
     def forward(self, plan: Any, step: Any) -> list[np.ndarray]:
         """Run a step through the layers of a plan, writing its caches.

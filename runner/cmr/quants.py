@@ -9,6 +9,9 @@ from cmr.errors import FileError
 # The non-linear levels of IQ4_NL and IQ4_XS: kvalues_iq4nl in ggml's ggml-common.h.
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
+# Twice the values of E2M1, the four-bit floats of MXFP4: OCP Microscaling Formats 1.0, doubled as in ggml.
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 
 class Format(NamedTuple):
     """A block format: `elements` consecutive weights of a row take `bytes` bytes; `type` is ggml's number."""
@@ -40,6 +43,7 @@ FORMATS: dict[int, Format] = _table(
     ("IQ4_NL", 20, 32, 18),
     ("IQ4_XS", 23, 256, 136),
     ("BF16", 30, 1, 2),
+    ("MXFP4", 39, 32, 17),
 )
 
 # Known to ggml, but without kernels here: such files open and can be listed, their weights cannot be used.
@@ -59,7 +63,6 @@ UNSUPPORTED: dict[int, Format] = _table(
     ("IQ1_M", 29, 256, 56),
     ("TQ1_0", 34, 256, 54),
     ("TQ2_0", 35, 256, 66),
-    ("MXFP4", 39, 32, 17),
     ("NVFP4", 40, 64, 36),
     ("Q1_0", 41, 128, 18),
 )

@@ -163,7 +163,13 @@ class _Asking:
         owner = self.owner("attention")
         self._check_kind(owner, "attention", layer)
         if isinstance(answer, AttnRule):
-            whole = replace(answer, scale=answer.scale or own.scale, softcap=answer.softcap or own.softcap)
+            sinks = own.sink_logits if answer.sink_logits is None else answer.sink_logits
+            whole = replace(
+                answer,
+                scale=answer.scale or own.scale,
+                softcap=answer.softcap or own.softcap,
+                sink_logits=sinks,
+            )
             return whole.attend
         if callable(answer):
             return guarded_attend(answer, owner, layer)

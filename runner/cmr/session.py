@@ -163,7 +163,7 @@ class Session:
         """Return the session's figures (tokens, seconds, bytes), and those of each plugin under its name."""
         figures = self.loop.figures
         said = figures.as_dict()
-        said["weight_bytes"] = token_bytes(self.model.file)
+        said["weight_bytes"] = token_bytes(self.model)
         said["weight_bytes_rate"] = rate(said["weight_bytes"] * figures.decode_steps, figures.decode_seconds)
         for name, hook in zip(self.plan.names["report"], self.plan.report):
             with self.plan.blame:

@@ -19,8 +19,10 @@ Shapes = dict[str, list[tuple[int, ...]]]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FLOATS = ("F32", "F16", "BF16")
-# Rotation factors are read with the config; rotation tables of 2023 are computed instead.
-_ELSEWHERE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
+# Rotation factors and sinks are read with the config; rotation tables of 2023 are computed instead.
+_ELSEWHERE = re.compile(
+    r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.(attn_rot_embd(\.weight)?|attn_sinks\.weight)"
+)
 
 
 def qkv_rows(config: Config, layer: int) -> tuple[int, int, int]:

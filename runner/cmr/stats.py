@@ -67,10 +67,18 @@ def rate(count: float, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
-def token_bytes(file: Any) -> int:
+def token_bytes(model: Any) -> int:
     """Return the bytes of weights that a generated token reads: all but a table that is only looked up."""
-    looked_up = "token_embd.weight" if "output.weight" in file.tensors else None
-    return sum(tensor.nbytes for name, tensor in file.tensors.items() if name != looked_up)
+    tensors = model.file.tensors
+    looked_up = "token_embd.weight" if "output.weight" in tensors else None
+    read = (t.nbytes * share_of(model, name) for name, t in tensors.items() if name != looked_up)
+    return int(sum(read))
+
+
+def share_of(model: Any, name: str) -> float:
+    """Return the part of a tensor that one token reads: of experts, those that it chooses."""
+    router = model.config.router
+    return router.used / router.experts if router and "_exps." in name else 1.0
 
 
 def size(count: float) -> str:

@@ -182,6 +182,7 @@ class _Reader:
     def norm(self, name: str) -> Norm | None:
         if self.like is not None:
             return getattr(self.like, name)
+        name = self.config.norm_tensors.get(name, name)
         weight = self.vector(name, "weight")
         if weight is None:
             return None

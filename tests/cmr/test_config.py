@@ -148,7 +148,6 @@ def test_an_override_that_nothing_reads_is_refused(config_of):
             "rope.scaling.type is 'stretch'; there are: none, linear, yarn, longrope",
         ),
         ("attention.sliding_window_pattern", np.array([True]), "has 1 entries for 3 layers"),
-        ("expert_count", 8, "is a mixture of experts, which is not supported"),
     ],
 )
 def test_bad_metadata_are_refused_in_one_sentence(tmp_path, key, value, message):
@@ -204,9 +203,45 @@ def test_any_values_give_a_model_or_a_sentence(tmp_path, name):
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "foo"}, {"w": np.ones(4, np.float32)})
     with pytest.raises(
-        ModelError, match="architecture 'foo' is not supported; there are: gemma2, gemma3, granite, llama"
+        ModelError, match="architecture 'foo' is not supported; there are: gemma2, gemma3, gpt-oss, granite,"
     ):
         read_config(open_gguf(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("expert_count", None, "expert_count is missing, but layer 0 chooses among experts"),
+        ("expert_used_count", None, "expert_used_count is missing"),
+        ("expert_used_count", 21, "expert_used_count is 21; a whole number from 1 to 20"),
+        ("expert_gating_func", 2, "expert_gating_func is 2, which is no softmax; only those are supported"),
+        ("expert_group_count", 4, "expert_group_count is 4; experts in groups are not supported"),
+    ],
+)
+def test_experts_that_cannot_be_chosen_are_refused(tmp_path, key, value, message):
+    file = open_gguf(write_model(tmp_path / "m.gguf", RECIPES["qwen3moe"]))
+    file.metadata.pop(f"qwen3moe.{key}", None)
+    if value is not None:
+        file.metadata[f"qwen3moe.{key}"] = value
+    with pytest.raises(ModelError, match=message):
+        read_config(file)
+
+
+def test_layers_of_experts_are_told_by_their_tensors(config_of):
+    config = config_of(RECIPES["qwen3moe"])
+    assert config.routed == {0, 2} and config.n_ff == (32, 96, 32)
+    assert config.router == (20, 6, True, 1.0) and config.features == {"experts"}
+    assert not config_of(RECIPES["olmoe"]).router.normalized
+    assert config_of(RECIPES["gpt-oss"]).features == {"experts", "sink_logits", "swiglu_oai"}
+
+
+def test_sinks_are_one_for_each_head(tmp_path):
+    from tests.models import _Maker
+
+    maker = _Maker(Recipe(), np.random.default_rng(0))
+    tensors = maker.tensors() | {"blk.1.attn_sinks.weight": np.ones(5, np.float32)}
+    with pytest.raises(ModelError, match="blk.1.attn_sinks.weight has 5 logits; 4 are needed"):
+        read_config(open_gguf(write_gguf(tmp_path / "m.gguf", maker.metadata(), tensors)))
 
 
 def test_a_vocabulary_without_weights_is_no_model(tmp_path):
@@ -227,8 +262,8 @@ def test_a_vocabulary_without_weights_is_no_model(tmp_path):
         ({"blk.0.attn_q.bias": (60,)}, "blk.0.attn_q.bias is 60; 64 is needed"),
         ({"blk.1.attn_q_norm.weight": (32,)}, "blk.1.attn_q_norm.weight is 32; 16 is needed"),
         (
-            {"blk.1.attn_sinks.weight": (4,)},
-            "blk.1.attn_sinks.weight has no place in a dense model of architecture 'llama'",
+            {"blk.1.attn_sub_norm.weight": (64,)},
+            "blk.1.attn_sub_norm.weight has no place in a model of architecture 'llama'",
         ),
         ({"position_embd.weight": (256, 64)}, "position_embd.weight has no place"),
         ({"blk.7.attn_q.weight": (64, 64)}, "blk.7.attn_q.weight has no place"),

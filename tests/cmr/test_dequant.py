@@ -49,7 +49,7 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 def test_random_blocks(layout):
     rows = random_blocks(np.random.default_rng(1), layout.type, 40, 512)
     expected = reference(layout, rows)
-    assert np.isfinite(expected).all() and len(np.unique(expected)) > 100
+    assert np.isfinite(expected).all() and len(np.unique(expected)) > 40
     assert_same_bits(decode(layout, rows, list(range(40))), expected)
 
 

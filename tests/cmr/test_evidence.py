@@ -10,6 +10,7 @@ from cmr import AttnRule, LayerCache, PluginError, Session, hookimpl
 from cmr.ops import open_ops
 
 RULES = (AttnRule(), AttnRule(window=20), AttnRule(window=20, sinks=4), AttnRule(softcap=2.0, scale=0.7))
+RULES += (AttnRule(sink_logits=np.float32([-1, 0.5, 3, 8, 0, 2])),)
 HEADS, KV_HEADS, DIM = 6, 2, 16
 SHAPES = [(1, 1, 16, 16), (4, 2, 64, 64), (7, 1, 24, 8), (8, 8, 32, 16), (32, 2, 16, 48)]
 UNIT = 2.0**-24
@@ -57,8 +58,12 @@ class Text:
         seen = far >= 0
         if rule.window:
             seen &= (far < rule.window) | (self.pos[None, :] < rule.sinks)
-        weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
-        return weights / weights.sum(-1, keepdims=True)
+        top = scores.max(-1, keepdims=True)
+        weights = np.where(seen[:, None], np.exp(scores - top), 0)
+        total = weights.sum(-1, keepdims=True)
+        if rule.sink_logits is not None:
+            total = total + np.exp(rule.sink_logits[None, :, None] - top)
+        return weights / total
 
     def sums(self, rule, rows):
         """The weights of rows summed over them and over the query heads of a key head."""

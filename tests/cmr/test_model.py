@@ -77,7 +77,11 @@ QUANTIZED = [replace(WIDE, type=type) for type in ("Q4_0", "Q4_K", "Q6_K", "F16"
 QUANTIZED += [replace(EXPERTS, type=type) for type in ("Q8_0", "Q4_K")]
 
 
-@pytest.mark.parametrize("recipe", [*BITWISE, *QUANTIZED], ids=lambda r: r if isinstance(r, str) else f"{r.arch}-{r.type}")
+def _named(recipe):
+    return recipe if isinstance(recipe, str) else f"{recipe.arch}-{recipe.type}"
+
+
+@pytest.mark.parametrize("recipe", [*BITWISE, *QUANTIZED], ids=_named)
 class TestRowsDoNotDependOnTheirCompany:
     """A row's logits depend on its role and position alone, bit for bit."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmr.bench.cases import Case
-from cmr.stats import token_bytes
+from cmr.stats import share_of, token_bytes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def work_of(model: Any, case: Case) -> Work:
     """Count the work of a case."""
     tensors = model.file.tensors
     inner = sum(
-        math.prod(tensor.shape)
+        math.prod(tensor.shape) * share_of(model, name)
         for name, tensor in tensors.items()
         if name.startswith("blk.") and len(tensor.shape) > 1
     )
@@ -37,8 +37,8 @@ def work_of(model: Any, case: Case) -> Work:
         model_type(model),
         sum(tensor.nbytes for tensor in tensors.values()),
         sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        token_bytes(model.file) * case.n_gen,
-        2 * inner * case.n_prompt * case.parallel,
+        token_bytes(model) * case.n_gen,
+        2 * int(inner) * case.n_prompt * case.parallel,
     )
 
 

@@ -63,6 +63,7 @@ class Call:
         return (
             *(n, heads, len(self.segments[0].k), dim, out.shape[2]),
             *(address_of(self.q_pos), rule.window, rule.sinks, float_bits(scale), float_bits(rule.softcap)),
+            0 if rule.sink_logits is None else address_of(rule.sink_logits),
             *(address_of(out), out.strides[0], len(self.segments)),
         )
 

@@ -10,6 +10,7 @@ from cmr import quants
 from cmr.quants import FORMATS
 
 IQ4_LEVELS = np.array(quants.IQ4_LEVELS, np.float32)
+E2M1_DOUBLED = np.array(quants.E2M1_DOUBLED, np.float32)
 
 
 def dequantize(data: np.ndarray, type: int) -> np.ndarray:
@@ -135,6 +136,14 @@ def _iq4_xs(b: np.ndarray) -> np.ndarray:
     return scale[..., None] * levels
 
 
+def _mxfp4(b: np.ndarray) -> np.ndarray:
+    exponent = b[:, :1].astype(
+        np.uint32
+    )  # of a scale times 2**128; floats of the lowest two have no hidden bit
+    bits = np.where(exponent < 2, 0x200000 << exponent, (np.maximum(exponent, 1) - 1) << 23)
+    return bits.astype(np.uint32).view(np.float32) * E2M1_DOUBLED[_nibbles(b[:, 1:])]
+
+
 _DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "F32": _f32,
     "F16": _half,
@@ -151,4 +160,5 @@ _DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }

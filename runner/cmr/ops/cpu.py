@@ -12,6 +12,7 @@ from cmr.ops.experts import ExpertOps
 from cmr.ops.kernels.dequant import dequant_rows
 from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer, zeros
+from cmr.ops.table import FEATURES
 from cmr.quants import FORMATS, row_bytes
 
 
@@ -19,7 +20,7 @@ class CpuOps(ExpertOps):
     """Every operation of `cmr.ops.table.Ops`; kernels are compiled when a model first needs them."""
 
     name = "cpu"
-    experts = True
+    features = frozenset(FEATURES)
     replays = True
 
     # -- records --

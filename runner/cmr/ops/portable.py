@@ -17,6 +17,7 @@ from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
 from cmr.ops.portable_experts import PortableExperts
 from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer, zeros
+from cmr.ops.table import FEATURES
 from cmr.quants import row_bytes
 
 # Decoded weights are kept up to here; what comes later is decoded again in every call.
@@ -31,7 +32,7 @@ class PortableOps(PortableExperts):
     """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
 
     name = "portable"
-    experts = True
+    features = frozenset(FEATURES)
     replays = False
 
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
@@ -116,7 +117,8 @@ class PortableOps(PortableExperts):
         inputs = [_normed(x.array[row, : gate[0].cols], norm) for row in range(n)]
         pairs = zip(self._products(gate, inputs), self._products(up, inputs), strict=True)
         for row, (gated, plain) in enumerate(pairs):
-            out.array[row, : len(plain)] = _ACTIVATIONS[act](gated.astype(np.float64)) * plain
+            factor = np.clip(plain, -7, 7) + 1 if act == "swiglu_oai" else plain
+            out.array[row, : len(plain)] = _ACTIVATIONS[act](gated.astype(np.float64)) * factor
 
     def _products(self, part: Part, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """W @ x + b for each input: float32 [rows] each."""
@@ -237,7 +239,8 @@ class PortableOps(PortableExperts):
                 products = zip(held, seen, queries)
                 scores = np.concatenate([keys[some] @ own for (keys, _, _), some, own in products])
                 values = np.concatenate([values[some] for (_, values, _), some in zip(held, seen)])
-                weights = _softmax(scores, rule.softcap)
+                sinks = None if rule.sink_logits is None else rule.sink_logits[heads]
+                weights = _softmax(scores, rule.softcap, sinks)
                 out[row, heads] = weights.T @ values
                 if notes is not None and p >= notes.since:
                     there = notes.sums if notes.rows is None else notes.rows[row]
@@ -323,10 +326,12 @@ def _listed(segment: Segment, head: int, some: Any) -> Any:
     return slots[segment.tiles[head, slots // 64] != 0]
 
 
-def _softmax(scores: np.ndarray, softcap: float) -> np.ndarray:
-    """Softmax over slots of scores [slots, heads], softly capped first."""
+def _softmax(scores: np.ndarray, softcap: float, sinks: np.ndarray | None) -> np.ndarray:
+    """Softmax over slots of scores [slots, heads], softly capped first; `sinks` [heads] join as one slot more."""
     if softcap > 0:
         scores = softcap * np.tanh(scores / softcap)
+    if sinks is not None:
+        return _softmax(np.concatenate([scores, sinks[None]]), 0.0, None)[:-1]
     weights = np.exp(scores - scores.max(0, initial=-np.inf))
     return weights / weights.sum(0)
 
@@ -348,4 +353,5 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": _gelu,
     "gelu_erf": _gelu_erf,
     "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "swiglu_oai": lambda x: np.minimum(x, 7) * _sigmoid(1.702 * np.minimum(x, 7)),
 }

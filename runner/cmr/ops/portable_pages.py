@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class PortablePages:
         width, n = q.shape[1] // len(segment.k), len(q_pos)
         for head in range(len(segment.k)):
             heads, edges = slice(head * width, (head + 1) * width), pages.edges[head].astype(np.float32)
+            sinks = rule.sink_logits
+            own = replace(rule, sink_logits=None if sinks is None else sinks[heads])
             for row in range(n):
                 seen = segment.used - n + 1 + row
                 chosen = chosen_pages(q[row, heads], edges, pages, seen)
@@ -50,7 +53,7 @@ class PortablePages:
                     q[row : row + 1, heads],
                     q_pos[row : row + 1],
                     [some],
-                    rule,
+                    own,
                     out[row : row + 1, heads],
                     False,
                 )

@@ -13,6 +13,8 @@ from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Router, Rout
 
 Part = tuple[Matrix, np.ndarray | None]
 
+FEATURES = ("experts", "sink_logits", "swiglu_oai")
+
 
 class Ops(Protocol):
     """Operations on Buffers: `n` rows count, the first `n_prompt` of them prompt tokens, the rest generated.
@@ -24,7 +26,7 @@ class Ops(Protocol):
     name: str
     threads: int
     prompt_threads: int
-    experts: bool  # whether there are routes() and what takes them
+    features: frozenset[str]  # of FEATURES, what models may need
     replays: bool  # whether there are recording(), replay(), places() and move(): see replay.py
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -98,45 +100,9 @@ class Ops(Protocol):
         out: Buffer,
         norm: Norm | None = None,
     ) -> None:
-        """out = act(gate @ norm(x)) * (up @ norm(x)); act: silu, gelu (by tanh), gelu_erf, relu2."""
+        """out = act(gate @ norm(x)) * (up @ norm(x)); act: silu, gelu (by tanh), gelu_erf, relu2, or
 
-    def routes(self, rows: int, router: Router) -> Routes:
-        """Make room for what up to `rows` rows choose."""
-
-    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
-        """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`."""
-
-    def glu_experts(
-        self,
-        x: Buffer,
-        n: int,
-        n_prompt: int,
-        gate: Part,
-        up: Part,
-        act: str,
-        routes: Routes,
-        out: Buffer,
-        norm: Norm | None = None,
-    ) -> None:
-        """As glu, by the experts that each row chose, whose matrices lie one behind the other.
-
-        `out` takes float32 [n * used, rows of an expert] in the order of `routes`, wherever its own rows end.
-        """
-
-    def add_experts(
-        self,
-        x: Buffer,
-        n: int,
-        n_prompt: int,
-        down: Part,
-        routes: Routes,
-        out: Buffer,
-        add: bool = True,
-        scale: float = 1.0,
-    ) -> None:
-        """out = scale * the weighted sum of W @ x + b of the experts that each row chose, or += with `add`.
-
-        x is what glu_experts gave.
+        swiglu_oai: min(g, 7) * sigmoid(1.702 * min(g, 7)) * (1 + the other factor between -7 and 7).
         """
 
     def norm(self, x: Buffer, n: int, norm: Norm, out: Buffer) -> None:
@@ -188,7 +154,7 @@ class Ops(Protocol):
         One softmax spans all segments. Slots of a segment, and rows, come in increasing order of position. A
         query at p sees the slots with pos <= p and (rule.window == 0 or p - pos < rule.window or
         pos < rule.sinks). Scores are q @ k * rule.scale (None: 1 / sqrt(dim)), then
-        softcap * tanh(score / softcap) where rule.softcap > 0.
+        softcap * tanh(score / softcap) where rule.softcap > 0; rule.sink_logits join them, see AttnRule.
 
         `notes`, for a single segment, take the weights that slots get, in units of evidence.UNIT, summed over
         the query heads of a key head.
@@ -208,3 +174,46 @@ class Ops(Protocol):
 
     def close(self) -> None:
         """Give back threads and memory; the table must not be used afterwards."""
+
+
+class Experts(Ops, Protocol):
+    """What mixtures of experts need besides, where `features` says "experts"."""
+
+    def routes(self, rows: int, router: Router) -> Routes:
+        """Make room for what up to `rows` rows choose."""
+
+    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
+        """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`."""
+
+    def glu_experts(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        gate: Part,
+        up: Part,
+        act: str,
+        routes: Routes,
+        out: Buffer,
+        norm: Norm | None = None,
+    ) -> None:
+        """As glu, by the experts that each row chose, whose matrices lie one behind the other.
+
+        `out` takes float32 [n * used, rows of an expert] in the order of `routes`, wherever its own rows end.
+        """
+
+    def add_experts(
+        self,
+        x: Buffer,
+        n: int,
+        n_prompt: int,
+        down: Part,
+        routes: Routes,
+        out: Buffer,
+        add: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        """out = scale * the weighted sum of W @ x + b of the experts that each row chose, or += with `add`.
+
+        x is what glu_experts gave.
+        """

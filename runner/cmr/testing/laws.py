@@ -38,7 +38,14 @@ class CacheLaws:
         self.keeps()
         self.restores()
         self.keeps_by_head()
-        for rule in (AttnRule(), AttnRule(window=20), AttnRule(window=20, sinks=4), AttnRule(softcap=5.0)):
+        sinks = AttnRule(sink_logits=np.linspace(-2, 3, 2 * self.make().kv_heads, dtype=np.float32))
+        for rule in (
+            AttnRule(),
+            AttnRule(window=20),
+            AttnRule(window=20, sinks=4),
+            AttnRule(softcap=5.0),
+            sinks,
+        ):
             self.attends(rule)
 
     def filled(self, count: int, sizes: tuple[int, ...] = (1, 40, 7)) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -176,5 +183,9 @@ def attention(
     if rule.window:
         seen &= (q_pos[:, None] - kv_pos[None, :] < rule.window) | (kv_pos[None, :] < rule.sinks)
     scores = np.where(seen[None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hnt,thd->nhd", weights / weights.sum(-1, keepdims=True), v)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if rule.sink_logits is not None:
+        total = total + np.exp(rule.sink_logits[:, None, None] - top)
+    return np.einsum("hnt,thd->nhd", weights / total, v)

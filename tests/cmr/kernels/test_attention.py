@@ -40,7 +40,8 @@ def reference(q, q_pos, k, v, positions, used, rule):
             s = k[group, seen].astype(np.float64) @ q[row, head].astype(np.float64) * scale
             s = rule.softcap * np.tanh(s / rule.softcap) if rule.softcap else s
             p = np.exp(s - s.max())
-            out[row, head] = p / p.sum() @ v[group, seen].astype(np.float64)
+            sink = 0 if rule.sink_logits is None else np.exp(rule.sink_logits[head] - s.max())
+            out[row, head] = p / (p.sum() + sink) @ v[group, seen].astype(np.float64)
     return out
 
 
@@ -119,8 +120,10 @@ def test_a_whole_prompt(ops):
         Case(heads, groups, 64, slots, slots, dtype=np.float16).check(ops, True)
 
 
+SINKS = AttnRule(window=90, sink_logits=np.float32([-1, 0.5, 3, 40, 0, -30]))  # of up to six heads
 RULES = {
     "window": AttnRule(window=100),
+    "sink logits": SINKS,
     "window of one": AttnRule(window=1),
     "window of a tile": AttnRule(window=64),
     "short window with sinks": AttnRule(window=20, sinks=4),
@@ -172,7 +175,7 @@ def test_rows_that_see_nothing_are_zero(ops, prompt):
         case.q_pos = np.array([0, 9, 10, 12], np.int32)
         assert not case.run(ops, prompt)[:2].any()
         case.check(ops, prompt)
-        case.rule = AttnRule(window=2)
+        case.rule = AttnRule(window=2, sink_logits=SINKS.sink_logits)
         case.q_pos = np.array([9, 10, 10 + slots, 20 + slots], np.int32)
         assert not case.run(ops, prompt)[[0, 3]].any()
         case.check(ops, prompt)
@@ -193,7 +196,7 @@ def test_ragged_heads(ops, prompt, dtype, dim):
         case.k[head, count:], case.v[head, count:] = np.nan, np.nan
     case.pos = positions
     case.q_pos = np.array([3, 300, 900, 1399, 1400], np.int32)
-    for rule in (AttnRule(), AttnRule(window=200, sinks=9), AttnRule(softcap=3.0)):
+    for rule in (AttnRule(), AttnRule(window=200, sinks=9), AttnRule(softcap=3.0), SINKS):
         case.rule = rule
         case.check(ops, prompt)
     case.used = np.array([0, 65, 0], np.int32)
@@ -202,7 +205,7 @@ def test_ragged_heads(ops, prompt, dtype, dim):
 
 @roles
 @pytest.mark.parametrize("cuts", [(0, 300), (64, 640), (5, 5, 513), (1,)], ids=str)
-@pytest.mark.parametrize("rule", [AttnRule(), AttnRule(window=90, sinks=3), AttnRule(softcap=2.0)])
+@pytest.mark.parametrize("rule", [AttnRule(), AttnRule(window=90, sinks=3), AttnRule(softcap=2.0), SINKS])
 def test_segments_share_one_softmax(ops, prompt, cuts, rule):
     """Slots dealt out to several arrays, of float16 and float32 by turns, some of them empty."""
     for n in (1, 7):

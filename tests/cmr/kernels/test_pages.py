@@ -48,15 +48,15 @@ class Case:
         self.slots, self.group = slots, group
         self.pages = Pages(page, first, last, top, edges_of(self.k[:, :slots], page))
 
-    def run(self, ops, rows=slice(None), used=None, scale=None):
+    def run(self, ops, rows=slice(None), used=None, scale=None, sinks=None):
         q, used = self.q[rows], used or self.slots
         segment = Segment(self.k, self.v, np.arange(self.k.shape[1], dtype=np.int32), used)
         out = np.full(q.shape, np.nan, np.float32)
         q_pos = np.arange(used - len(q), used, dtype=np.int32)
-        ops.attend_pages(q, q_pos, segment, self.pages, AttnRule(scale=scale), out)
+        ops.attend_pages(q, q_pos, segment, self.pages, AttnRule(scale=scale, sink_logits=sinks), out)
         return out
 
-    def reference(self, row):
+    def reference(self, row, sinks=None):
         """The attention of one row in float64, over the pages that rank first, page by page in Python."""
         page, seen = self.pages, self.slots - len(self.q) + 1 + row
         out = np.empty(self.q.shape[1:])
@@ -68,8 +68,10 @@ class Case:
             slots = [s for s in slots if s < seen]
             k, v = (a[head, slots].astype(np.float64) for a in (self.k, self.v))
             scores = queries @ k.T / np.sqrt(k.shape[1])
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            out[head * self.group : (head + 1) * self.group] = weights / weights.sum(1, keepdims=True) @ v
+            top, heads = scores.max(1, keepdims=True), slice(head * self.group, (head + 1) * self.group)
+            weights = np.exp(scores - top)
+            total = weights.sum(1, keepdims=True) + (0 if sinks is None else np.exp(sinks[heads, None] - top))
+            out[heads] = weights / total @ v
         return out
 
     def listed(self, head, queries, seen):
@@ -90,6 +92,14 @@ def test_chosen_pages_are_attended_to(ops, sizes):
     found = case.run(ops)
     for row in range(len(found)):
         np.testing.assert_allclose(found[row], case.reference(row), rtol=1e-4, atol=1e-5)
+
+
+def test_a_logit_of_no_slot_takes_its_share(ops):
+    case = Case(*SIZES[0])
+    sinks = np.linspace(-1, 9, case.q.shape[1], dtype=np.float32)
+    found = case.run(ops, sinks=sinks)
+    for row in range(len(found)):
+        np.testing.assert_allclose(found[row], case.reference(row, sinks), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", SIZES[:5], ids=str)

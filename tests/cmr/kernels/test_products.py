@@ -24,7 +24,7 @@ from tests.cmr.kernels.cases import (
     records,
     weights,
 )
-from tests.ggufs import SCALES_AT, random_blocks
+from tests.ggufs import random_blocks, set_scales
 
 from cmr.ops.kernels import gemm, product
 from cmr.ops.kernels.dequant import dequant_rows
@@ -170,8 +170,7 @@ def hostile_blocks(name: str, rng: np.random.Generator, columns: int) -> np.ndar
     for scale in (0.0, -0.0, 65504.0, -65504.0, 1.0, -1.0, 6e-8, -6e-5, 0.01):
         for fill in fills:
             block = fill.copy()
-            for at in SCALES_AT[name]:
-                block[at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+            set_scales(name, block[None], lambda scale=scale: np.array([scale]))
             rows.append(np.tile(block, columns // layout.elements))
     mixed = random_blocks(rng, name, 8, columns, scale=500.0)
     return np.concatenate([np.stack(rows), mixed])

@@ -223,6 +223,7 @@ RULES = {
     "window": AttnRule(window=9, scale=0.3),
     "sinks": AttnRule(window=6, sinks=3, scale=0.2),
     "capped": AttnRule(softcap=1.5),
+    "sink logits": AttnRule(window=30, sink_logits=np.float32([-1, 0.5, 3, 20, 0, -9])),
 }
 
 
@@ -260,7 +261,8 @@ def test_attention_over_stored_keys(ops, rule, prompt, dtype, ragged):
         s = keys @ q[row, head].astype(float) * scale
         s = rule.softcap * np.tanh(s / rule.softcap) if rule.softcap else s
         p = np.exp(s - s.max())
-        np.testing.assert_allclose(out[row, head], p / p.sum() @ values, rtol=2e-4, atol=2e-4)
+        sink = 0 if rule.sink_logits is None else np.exp(rule.sink_logits[head] - s.max())
+        np.testing.assert_allclose(out[row, head], p / (p.sum() + sink) @ values, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "generated"])

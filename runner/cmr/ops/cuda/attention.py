@@ -95,7 +95,7 @@ class AttentionOps(Launcher):
         prompt: bool,
         notes: Notes | None = None,
     ) -> None:
-        if not _fits(q.shape[2], out.shape[2], prompt):
+        if rule.sink_logits is not None or not _fits(q.shape[2], out.shape[2], prompt):
             self._by_host("attend", q, q_pos, segments, rule, out, prompt, notes)
             return
         self._attend(q, q_pos, segments, rule, out, prompt)

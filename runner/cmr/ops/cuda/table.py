@@ -44,7 +44,7 @@ class CudaOps(AttentionOps):
     """
 
     name = "cuda"
-    experts = False
+    features = frozenset({"sink_logits"})
     replays = False
     threads = prompt_threads = 1
 

@@ -9,7 +9,7 @@ from .jobs import read_fields
 from .vector import I8, I32, I64
 
 SHARED = (
-    *("n", "heads", "kv_heads", "dim", "dim_v", "q_pos", "window", "sinks", "scale", "cap"),
+    *("n", "heads", "kv_heads", "dim", "dim_v", "q_pos", "window", "sinks", "scale", "cap", "sink_logits"),
     *("out", "out_stride", "segments", "scratch", "scratch_stride", "tile"),
 )
 # The fields of each segment follow those of its job.
@@ -19,6 +19,7 @@ SEGMENT = (
     *("low_age", "low_start", "high_age", "high_start"),
 )
 FRESH = 0xFF800000  # minus infinity above a zero sum, as two float32
+ONE = 0x3F800000
 
 
 def _int32(v, address, index):
@@ -40,6 +41,21 @@ class View:
 
     def q_pos(self, row):
         return _int32(self.v, self.f["q_pos"], row)
+
+    def fresh(self, head):
+        """What a running softmax of a query head begins with: nothing, or the weight that no slot gets."""
+        v, there = self.v, self.sink(head)
+        logit = v.b.zext(v.load(v.choose(self.sinking, there, self.first), I32), I64)
+        return v.choose(self.sinking, v.b.or_(logit, v.i(ONE << 32)), FRESH)
+
+    def sink(self, head):
+        """The address of a query head's logit for no slot, if there are such; else 0."""
+        v, base = self.v, self.f["sink_logits"]
+        return v.choose(self.sinking, v.add(base, v.mul(head, 4)), 0)
+
+    @property
+    def sinking(self):
+        return self.v.compare(self.f["sink_logits"], "!=", 0)
 
     def output(self, row, head):
         """The address of a head of a row of the output."""

@@ -255,14 +255,19 @@ def divide_row(v, args):
 @emitter("combine")
 def combine(v, args):
     """Join the pieces of one query: partials (stride bytes; float32 maximum, sum, 14 unused, then dim sums), count,
-    stride, dim, out. The final maximum and the inverse of the sum are left in the first, at bytes 16 and 20."""
-    partials, count, stride, dim, out = args[:5]
-    top = v.variable(F32(NEVER))
+    stride, dim, out, the address of the logit of no slot or 0. The final maximum and the inverse of the sum are left in
+    the first, at bytes 16 and 20."""
+    partials, count, stride, dim, out, sink = args[:6]
+    sinks = v.compare(sink, "!=", 0)
+    logit = v.load(v.choose(sinks, sink, partials), F32)
+    top = v.variable(v.b.select(sinks, logit, F32(NEVER)))
     with v.loop(0, count) as i:
         v.set(top, v.fmax(v.load(v.add(partials, v.mul(i, stride)), F32), v.get(top)))
     none = v.b.fcmp_ordered("==", v.get(top), F32(NEVER))
     base = v.b.select(none, F32(0.0), v.get(top))
     total = v.variable(F32(0.0))
+    with v.when(sinks):
+        v.set(total, v.lane(v.exp(v.splat(v.b.fsub(logit, base), 16)), 0))
     v.clear(out, v.mul(dim, 4))
     with v.loop(0, count) as i:
         piece = v.add(partials, v.mul(i, stride))

@@ -8,7 +8,7 @@ quantizer (ggml-common.h and the gguf package's quants.py).
 from dataclasses import dataclass
 from typing import Any
 
-from cmr.quants import IQ4_LEVELS
+from cmr.quants import E2M1_DOUBLED, IQ4_LEVELS
 
 from .vector import F32, I8, I16, I32, const, fill, vec
 
@@ -183,6 +183,16 @@ def _iq4_nl(v, w):
     return Block(_signed_table(v, _nibble_blocks(v, w, 18, 2)), _paired_scales(v, w, 18))
 
 
+def _mxfp4(v, w):
+    u = [v.lookup16([value + 16 for value in E2M1_DOUBLED], x) for x in _nibble_blocks(v, w, 17, 1)]
+    low, high = v.load(w, I8, 64), v.load(v.add(w, 64), I8, 64)
+    exponent = v.b.zext(v.shuffle(low, high, [17 * k for k in range(8)]), vec(I32, 8))
+    tiny = v.b.icmp_unsigned("<", exponent, fill(I32, 8, 2))  # powers of two without a hidden bit
+    small = v.b.shl(fill(I32, 8, 0x200000), exponent)
+    bits = v.b.select(tiny, small, v.b.shl(v.b.sub(exponent, fill(I32, 8, 1)), fill(I32, 8, 23)))
+    return Block(u, _pairs(v, v.cast(bits, F32, 8)))
+
+
 def _iq4_xs(v, w):
     d = v.splat(v.half(w), 8)
     high = v.splat(v.load(v.add(w, 2), I16), 8)
@@ -287,6 +297,7 @@ LAYOUTS = {
     "Q8_0": Layout(272, 32, _q8_0, 7, smallest=32),
     "IQ4_NL": Layout(144, 32, _iq4_nl, 7, smallest=32),
     "IQ4_XS": Layout(136, 32, _iq4_xs, 7),
+    "MXFP4": Layout(136, 32, _mxfp4, 4, smallest=32),
     "Q2_K": Layout(84, 16, _q2_k),
     "Q3_K": Layout(110, 16, _q3_k, 2),
     "Q4_K": Layout(144, 32, _q4_k),

@@ -38,14 +38,15 @@ def attend_decode(v, args):
         _one_piece(v, view, Slots(view, address, g), scratch, piece, within)
         with v.when(v.b.and_(view.noting, v.compare(pieces, "==", 1))):
             with v.loop(0, v.mul(f["n"], view.group)) as query:
-                noting.finish_piece(v, _partial(v, view, g, query, piece)[1])
+                head = v.add(v.mul(g, view.group), v.remainder(query, view.group))
+                noting.finish_piece(v, _partial(v, view, g, query, piece)[1], view.sink(head))
             _note_piece(v, view, scratch, g, piece)
     write(v, "barrier", control, team)
     stride = v.add(v.mul(f["dim_v"], 4), 64)
     with v.loop(me, v.mul(f["n"], f["heads"]), team) as query:
         partials = v.add(f["partials"], v.mul(v.mul(query, pieces), stride))
         row, head = v.divide(query, f["heads"]), v.remainder(query, f["heads"])
-        write(v, "combine", partials, pieces, stride, f["dim_v"], view.output(row, head))
+        write(v, "combine", partials, pieces, stride, f["dim_v"], view.output(row, head), view.sink(head))
     with v.when(v.b.and_(view.noting, v.compare(pieces, ">", 1))):
         write(v, "barrier", control, team)
         with v.loop(me, v.mul(pieces, f["kv_heads"]), team) as item:

@@ -89,9 +89,15 @@ def note_piece(v, view, scratch, g, piece, count, column, partial):
         _columns(v, count, columns)
 
 
-def finish_piece(v, partial):
-    """Note where combine does what is final for a query that has only this piece."""
-    total, top = v.load(v.add(partial, 4), F32), v.load(partial, F32)
+def finish_piece(v, partial, sink):
+    """Note where combine does what is final for a query that has only this piece; `sink` as there."""
+    total, top = v.variable(v.load(v.add(partial, 4), F32)), v.variable(v.load(partial, F32))
+    with v.when(v.compare(sink, "!=", 0)):
+        logit, before = v.load(sink, F32), v.get(top)
+        v.set(top, v.fmax(before, logit))
+        shares = [v.lane(v.exp(v.splat(v.b.fsub(x, v.get(top)), 16)), 0) for x in (before, logit)]
+        v.set(total, v.fma(v.get(total), shares[0], shares[1]))
+    total, top = v.get(total), v.get(top)
     none = v.b.fcmp_ordered("==", total, F32(0.0))
     inverse = v.b.fdiv(F32(1.0), v.b.select(none, F32(1.0), total))
     v.store(v.add(partial, 16), top, 4)

@@ -8,7 +8,7 @@ against the best page of each query head of its group; the best are attended to,
 from __future__ import annotations
 
 from . import attention  # noqa: F401  (registers its emitters)
-from .attend import FRESH, SHARED, Slots, View
+from .attend import SHARED, Slots, View
 from .attention import PIECE
 from .emit import call_kernel, emitter, write
 from .stored import span, unpack
@@ -119,7 +119,7 @@ class _Item:
         v.clear(self.zeros, v.i(4 * PIECE))
         with v.loop(0, group, tile) as first:
             self._queries(first)
-            self._attend(count)
+            self._attend(first, count)
             with v.loop(0, v.smin(tile, v.sub(group, first))) as i:
                 head = v.add(v.mul(self.segment.head, group), first, i)
                 source = v.add(self.sums, v.mul(v.mul(i, f["dim_v"]), 4))
@@ -211,12 +211,14 @@ class _Item:
             v.set(count, v.add(v.get(count), v.b.zext(chosen, I64)))
         return v.get(count)
 
-    def _attend(self, count):
+    def _attend(self, first, count):
         """sums, state = the softmax over the listed pages, pieces of 512 slots at a time."""
         v, f, tile = self.v, self.f, self.f["tile"]
         wide_v = v.mul(f["dim_v"], 4)
         with v.loop(0, tile) as i:
-            v.store(v.add(self.state, v.mul(i, 64)), I64(FRESH))
+            query = v.smin(v.add(first, i), v.sub(self.view.group, 1))
+            head = v.add(v.mul(self.segment.head, self.view.group), query)
+            v.store(v.add(self.state, v.mul(i, 64)), self.view.fresh(head))
         v.clear(self.sums, v.mul(tile, wide_v))
         with v.loop(0, count, v.divide(v.i(PIECE), f["page"])) as start:
             some = v.smin(v.sub(count, start), v.divide(v.i(PIECE), f["page"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import noting
-from .attend import FRESH, SEGMENT, SHARED, Slots, View
+from .attend import SEGMENT, SHARED, Slots, View
 from .attention import TILE
 from .emit import call_kernel, emitter, write
 from .threads import COUNTERS, draw
@@ -74,7 +74,7 @@ def _prompt_item(v, view, scratch, me, g, start, rows):
         return v.add(start, v.divide(i, group)), v.add(v.mul(g, group), v.remainder(i, group))
 
     with v.loop(0, m) as i:
-        v.store(v.add(item.state, v.mul(i, 8)), I64(FRESH))
+        v.store(v.add(item.state, v.mul(i, 8)), view.fresh(place(i)[1]))
     v.clear(item.sums, v.mul(m, wide_v))
     with v.loop(0, f["segments"]) as k:
         segment = Slots(view, v.add(view.first, v.mul(k, 8 * len(SEGMENT))), g)

@@ -192,7 +192,30 @@ def _relu2(v, x):
     return v.b.fmul(positive, positive)
 
 
-ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_erf": _gelu_erf, "relu2": _relu2}
+def _clamped(v, x, low, high):
+    return v.fmax(v.fmin(x, fill(F32, x.type.count, high)), fill(F32, x.type.count, low))
+
+
+def _swiglu_oai(v, x):
+    """The gate of GPT-OSS: x * sigmoid(1.702 * x) of x up to 7 (as in its reference implementation)."""
+    lanes = x.type.count
+    x = v.fmin(x, fill(F32, lanes, 7.0))
+    power = v.exp(v.b.fmul(x, fill(F32, lanes, -1.702)))
+    return v.b.fdiv(x, v.b.fadd(fill(F32, lanes, 1.0), power))
+
+
+def _swiglu_oai_up(v, x):
+    return v.b.fadd(_clamped(v, x, -7.0, 7.0), fill(F32, x.type.count, 1.0))
+
+
+ACTIVATIONS = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_erf": _gelu_erf,
+    "relu2": _relu2,
+    "swiglu_oai": _swiglu_oai,
+}
+UPS = {"swiglu_oai": _swiglu_oai_up}  # what becomes of the other factor, where it is not taken as it is
 
 
 @emitter("gate")
@@ -209,7 +232,9 @@ def gate(v, args, act):
     def body(at, lanes):
         offset = v.mul(at, 4)
         gated = ACTIVATIONS[act](v, biased(out, gate_bias, offset, lanes))
-        v.store(v.add(out, offset), v.b.fmul(gated, biased(up, up_bias, offset, lanes)), 4)
+        factor = biased(up, up_bias, offset, lanes)
+        factor = UPS[act](v, factor) if act in UPS else factor
+        v.store(v.add(out, offset), v.b.fmul(gated, factor), 4)
 
     v.chunks(count, body)
 

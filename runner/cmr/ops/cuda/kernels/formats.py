@@ -16,8 +16,12 @@ from cmr.ops.cuda.kernels.compiler import inline
 
 UNIT = 8
 LEVELS = np.array(quants.IQ4_LEVELS, np.float32)
+E2M1 = np.array(quants.E2M1_DOUBLED, np.float32)
+POWERS = np.ldexp(np.ones(256), np.arange(-128, 128)).astype(
+    np.float32
+)  # what the exponents of MXFP4 stand for
 # Words that are no halves.
-_WORDS: dict[str, Any] = {"F32": np.float32, "BF16": np.uint16}
+_WORDS: dict[str, Any] = {"F32": np.float32, "BF16": np.uint16, "MXFP4": np.uint8}
 
 
 def words(name: str) -> Any:
@@ -224,6 +228,17 @@ def iq4_xs(b, h, at, u, w):
 
 
 @inline
+def mxfp4(b, h, at, u, w):
+    """Blocks of 32: the exponent of a power of two, then nibbles that name floats."""
+    levels, scales = cuda.const.array_like(E2M1), cuda.const.array_like(POWERS)
+    at += (u >> 2) * 17
+    d = scales[byte(b, at)]
+    first, shift = at + 1 + 8 * (u & 1), 2 * (u & 2)
+    for i in range(8):
+        w[i] = d * levels[byte(b, first + i) >> shift & 15]
+
+
+@inline
 def q2(b, h, at, u, w):
     """Blocks of 32 keys or values: scale, least value, fields of two bits."""
     at += (u >> 2) * 12
@@ -248,5 +263,6 @@ UNPACKERS = {
     "Q6_K": q6_k,
     "IQ4_NL": iq4_nl,
     "IQ4_XS": iq4_xs,
+    "MXFP4": mxfp4,
     "Q2": q2,
 }
