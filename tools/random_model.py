@@ -15,7 +15,6 @@ import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,69 +23,14 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[1] / "runner"), str(Path(__file__).parent)]
 
 from made_up_vocabulary import made_up_vocabulary  # noqa: E402
+from model_shapes import FILE_TYPES, SHAPES, Shape, tensors  # noqa: E402
 
 from cmr.gguf_file import open_gguf  # noqa: E402
-from cmr.quants import Format, format_by_name  # noqa: E402
+from cmr.quants import Format  # noqa: E402
 
 ALIGNMENT = 32
 CHUNK_BYTES = 1 << 24
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a transformer with gated feed-forward blocks, of which each layer has one or `experts`."""
-
-    arch: str
-    layers: int
-    embd: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    context: int
-    rope_base: float
-    eps: float = 1e-5
-    tied: bool = True
-    head_norms: bool = False
-    rope_factor: float = 0.0  # of Llama 3.1's frequency scaling; 0: none
-    experts: int = 0
-    used: int = 0  # experts that a token chooses
-
-
-SHAPES = {
-    "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, rope_factor=32),
-    "llama-3.2-1b-sister": Shape("llama", 4, 512, 8, 4, 64, 1536, 128256, 131072, 5e5, rope_factor=32),
-    "llama-3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 5e5, tied=False),
-    "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, head_norms=True),
-    # Eight of the 48 layers of Qwen3-30B-A3B.
-    "qwen3-moe": Shape(
-        "qwen3moe", 8, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, 1e-6, False, True, experts=128, used=8
-    ),
-    "110m": Shape("llama", 12, 768, 12, 12, 64, 2048, 32000, 4096, 1e4),
-    "small": Shape("llama", 2, 256, 4, 2, 64, 512, 1024, 1024, 1e4),
-}
-
-# Each type of file: the number llama.cpp gives it, the format of most tensors, that of the output head.
-FILE_TYPES = {
-    "f32": (0, "F32", "F32"),
-    "f16": (1, "F16", "F16"),
-    "q4_0": (2, "Q4_0", "Q6_K"),
-    "q4_1": (3, "Q4_1", "Q6_K"),
-    "q8_0": (7, "Q8_0", "Q8_0"),
-    "q5_0": (8, "Q5_0", "Q6_K"),
-    "q5_1": (9, "Q5_1", "Q6_K"),
-    "q2_k": (21, "Q2_K", "Q6_K"),
-    "q3_k": (11, "Q3_K", "Q6_K"),
-    "q4_k": (14, "Q4_K", "Q6_K"),
-    "q4_k_m": (15, "Q4_K", "Q6_K"),
-    "q5_k": (16, "Q5_K", "Q6_K"),
-    "q5_k_m": (17, "Q5_K", "Q6_K"),
-    "q6_k": (18, "Q6_K", "Q6_K"),
-    "iq4_nl": (25, "IQ4_NL", "Q6_K"),
-    "iq4_xs": (30, "IQ4_XS", "Q6_K"),
-    "bf16": (32, "BF16", "BF16"),
-}
 
 # For each format: where its float16 scale lies and the spread of the integers it multiplies, then, where it
 # has one, where the minimum lies and how many scales it is, so that the weights have no mean.
@@ -106,49 +50,6 @@ SCALES: dict[str, tuple[int, float, int, float]] = {
 }
 
 
-def more_bits(layer: int, layers: int) -> bool:
-    """Say whether a medium mix gives this layer's values and down projection six bits (llama-quant.cpp)."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-
-
-def tensors(shape: Shape, file_type: str) -> dict[str, tuple[Format, tuple[int, ...], float]]:
-    """Return each tensor's format, shape with the innermost last, and the spread of its outputs."""
-    _, most, head = FILE_TYPES[file_type]
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    plain, output, f32 = (format_by_name(name) for name in (most, head, "F32"))
-    out = {"token_embd.weight": (output if shape.tied else plain, (shape.vocab, shape.embd), 3.0)}
-    for layer in range(shape.layers):
-        rich = (
-            format_by_name("Q6_K") if file_type.endswith("_m") and more_bits(layer, shape.layers) else plain
-        )
-        block = {
-            "attn_norm": (f32, (shape.embd,), 0.1),
-            "attn_q": (plain, (q, shape.embd), 1.0),
-            "attn_k": (plain, (kv, shape.embd), 1.0),
-            "attn_v": (rich, (kv, shape.embd), 1.0),
-            "attn_output": (plain, (shape.embd, q), 1.0),
-            "ffn_norm": (f32, (shape.embd,), 0.1),
-            "ffn_gate": (plain, (shape.ffn, shape.embd), 1.0),
-            "ffn_up": (plain, (shape.ffn, shape.embd), 1.0),
-            "ffn_down": (rich, (shape.embd, shape.ffn), 1.0),
-        }
-        if shape.experts:
-            for name in ("ffn_gate", "ffn_up", "ffn_down"):
-                format, dims, spread = block.pop(name)
-                block[f"{name}_exps"] = (format, (shape.experts, *dims), spread)
-            block["ffn_gate_inp"] = (f32, (shape.experts, shape.embd), 1.0)
-        if shape.head_norms:
-            block |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (f32, (shape.head_dim,), 0.1))
-        out |= {f"blk.{layer}.{name}.weight": row for name, row in block.items()}
-    out["output_norm.weight"] = (f32, (shape.embd,), 0.1)
-    if not shape.tied:
-        out["output.weight"] = (output, (shape.vocab, shape.embd), 3.0)
-    if shape.rope_factor:
-        out["rope_freqs.weight"] = (f32, (shape.head_dim // 2,), 0.0)
-    return out
-
-
 def rope_factors(shape: Shape, low: float = 1, high: float = 4, trained: int = 8192) -> np.ndarray:
     """Return what Llama 3.1 divides each frequency by, float32 [head_dim / 2]."""
     freq = shape.rope_base ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
@@ -166,6 +67,9 @@ def random_rows(rng: np.random.Generator, format: Format, rows: int, k: int, spr
         bits = raw.view(np.uint32 if format.bytes == 4 else np.uint16)
         return _floats(bits, format.name, target).view(np.uint8)
     blocks = raw.reshape(count, format.bytes).copy()
+    if format.name == "MXFP4":  # an exponent; the numbers spread by 5.9
+        blocks[:, 0] = 128 + math.floor(math.log2(target / 5.9)) + (blocks[:, 0] & 1)
+        return blocks
     at, unit, minimum, scales = SCALES[format.name]
     # Signs differ because integers from -8 to 7 have a mean, which would push all activations one way.
     scale = target / unit * (0.5 + rng.random(count, np.float32)) * rng.choice(np.float32([-1, 1]), count)
@@ -193,8 +97,9 @@ def chunks(
     """Yield a tensor's bytes in pieces."""
     if name == "rope_freqs.weight":
         yield rope_factors(shape).tobytes()
-    elif len(dims) == 1:
-        yield (1 + spread * rng.standard_normal(dims)).astype(np.float32).tobytes()
+    elif len(dims) == 1 or name.endswith(".bias"):
+        centre = 0 if name.endswith(".bias") else 1
+        yield (centre + spread * rng.standard_normal(dims)).astype(np.float32).tobytes()
     else:
         *counts, k = dims
         rows = math.prod(counts)
@@ -218,6 +123,7 @@ def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, A
         "rope.freq_base": shape.rope_base,
         "rope.dimension_count": shape.head_dim,
         "vocab_size": shape.vocab,
+        **shape.more,
     }
     if shape.experts:
         sizes |= {

@@ -4,6 +4,7 @@ import tracemalloc
 
 import pytest
 from tests.cli_runs import bundled
+from tests.models import RECIPES, write_model
 from tests.toy import Copies, Drafts, Together
 
 import cmr
@@ -109,3 +110,26 @@ def test_tokens_allocate_nothing_but_their_numbers():
     tokens.close()
     model.close()
     assert peak - before < 2 * 4 * max(model.config.n_ff)
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "plugins",
+    [["batching"], ["spec-lookup"], [Together(4)], ["layer-stream:budget=90%"]],
+    ids=["batching", "spec-lookup", "together", "layer-stream"],
+)
+def test_mixtures_of_experts_give_the_same_tokens(tmp_path_factory, device, name, plugins):
+    path = write_model(tmp_path_factory.mktemp("experts") / "m.gguf", RECIPES[name])
+    prompts = [[5, 9, 9, 33] * count for count in (1, 4, 7)]
+
+    def tokens(plugins):
+        model = cmr.open_model(path, device=device, threads=2)
+        with Session.open(model, plugins) as session:
+            requests = [session.request(prompt, max_tokens=24, temp=0.0) for prompt in prompts]
+            got = {id(request): [] for request in requests}
+            for request, token in session.stream(requests):
+                got[id(request)].append(token)
+        model.close()
+        return list(got.values())
+
+    assert tokens(plugins) == tokens([])

@@ -94,6 +94,11 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
         "kv_heads": _same(config.n_kv_heads),
         "head_size": config.head_dim,
         "feed_forward": _same(config.n_ff),
+        "experts": config.router and {
+            "layers": len(config.routed),
+            "count": config.router.experts,
+            "used": config.router.used,
+        },
         "window": _same(config.window),
         "context_trained": config.n_ctx_train,
         "context": context,
@@ -164,11 +169,18 @@ def _model_rows(model: dict[str, Any] | None) -> list[tuple[str, Any]]:
     kv = f"{size(model['kv_bytes'])} KV at {model['context']} tokens ({each})"
     return [
         ("layers", f"{model['layers']} of width {model['width']}, feed-forward {model['feed_forward']}"),
+        ("experts", _experts(model["experts"])),
         ("attention", heads),
         ("context", f"{model['context_trained']} tokens in training"),
         ("memory", f"{size(model['memory_bytes'])} at most: the file, {kv},"),
         ("", f"{size(model['activation_bytes'])} activations"),
     ]
+
+
+def _experts(experts: dict[str, int] | None) -> str | None:
+    if experts is None:
+        return None
+    return f"{experts['count']} in each of {experts['layers']} layers, of which a token chooses {experts['used']}"
 
 
 def _tokenizer_rows(tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
