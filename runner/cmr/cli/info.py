@@ -94,7 +94,8 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
         "kv_heads": _same(config.n_kv_heads),
         "head_size": config.head_dim,
         "feed_forward": _same(config.n_ff),
-        "experts": config.router and {
+        "experts": config.router
+        and {
             "layers": len(config.routed),
             "count": config.router.experts,
             "used": config.router.used,
