@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import numpy as np
-
 from cmr import AttnRule, PluginError, hookimpl, plugin
-
-# Kernels add up slots in runs of this many. Only whole runs are evicted, so that what stays lies at the same
-# place in its run and a row's result has the same bits with eviction and without.
-RUN = 512
+from cmr_plugins.windows import evict
 
 
 @plugin
@@ -53,33 +48,11 @@ class AttnWindow:
         """Evict whole runs that lie before the window and behind the sinks."""
         if not self.evict:
             return
-        kept = -(-self.sinks // RUN) * RUN
-        for part in step.parts:
-            seq = part.seq
-            lost = (seq.cached - self.window + 1) // RUN * RUN
-            if lost <= kept:
-                continue
+        for seq in (part.seq for part in step.parts):
             for layer in self.layers:
-                cache = seq.caches[layer]
-                if len(cache) > kept + seq.cached - lost:
-                    self.freed += _evict(cache, kept, lost, lost + self.window - 1)
+                self.freed += evict(seq.caches[layer], seq.cached, self.window, self.sinks)
 
     @hookimpl
     def report(self) -> dict[str, int]:
         """Return how many slots were evicted, layers counted apart."""
         return {"evicted": self.freed}
-
-
-def _evict(cache: Any, kept: int, lost: int, floor: int) -> int:
-    """Drop positions from `kept` to `lost` - 1; how many slots that were. Heads that differ, and tiers, stay."""
-    if getattr(cache, "ragged", True):
-        return 0
-    positions = cache.positions
-    slots = np.flatnonzero((positions < kept) | (positions >= lost))
-    gone = len(positions) - len(slots)
-    if gone:
-        before = cache.floor
-        cache.keep(slots)
-        # Nothing from `floor` on sees what went, so going back that far is as good as before.
-        cache.floor = max(before, floor)
-    return gone

@@ -39,6 +39,7 @@ BUILTIN = {
     "kv-evict": "cmr_plugins.kv_evict:KvEvict",
     "kv-quant": "cmr_plugins.kv_quant:KvQuant",
     "kv-tiers": "cmr_plugins.kv_tiers:KvTiers",
+    "kv-window": "cmr_plugins.kv_window:KvWindow",
     "layer-stream": "cmr_plugins.layer_stream:LayerStream",
     "prefix-cache": "cmr_plugins.prefix_cache:PrefixCache",
     "spec-draft": "cmr_plugins.spec_draft:SpecDraft",
