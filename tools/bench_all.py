@@ -34,6 +34,7 @@ from cmr.bench.machine import sentence  # noqa: E402
 from cmr.bench.measure import Settings, measure  # noqa: E402
 from cmr.bench.quiet import LIMIT, Watch  # noqa: E402
 from cmr.discovery import available  # noqa: E402
+from cmr.profiles import named_profiles  # noqa: E402
 
 BUNDLED = ("tiny", "nano")  # names that bundled models begin with; plugins are measured on the first
 SMALL = 1e8  # bytes of a file below which more tokens are generated and quality is measured
@@ -114,7 +115,10 @@ def _tasks(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: lis
 def _plugins(args: argparse.Namespace, plan: Plan, files: list[Path], bundled: list[Path]) -> list[str]:
     if not (args.only or args.plugins or plan.plugins and bundled):
         return []
-    path, names = (bundled or files)[0], args.plugins or available()
+    path, names = (
+        (bundled or files)[0],
+        args.plugins or [*available(), *map("profile {}".format, named_profiles())],
+    )
     lines = plugin_rows(path, list(settings_of(names)), _settings(args, PLUGIN_ROUNDS), CORES)
     about = f"On {path.stem}, {CORES} threads, the whole token loop, against a run without plugins; {DEPTHS}"
     return [about, "\n".join(lines)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cmr.profiles import Profile, read_profile
+
 MODELS = Path(__file__).parents[1] / "models"
 
 # Options of each run; {models} is the folder of models. A plugin that is not installed is left out, and so are those
@@ -22,13 +24,26 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "budget=128,policy=snapkv",
     ),
     "kv-quant": ("bits=8", "bits=4"),
+    "kv-window": (),  # for models whose layers have windows
     "layer-stream": ("budget=50%",),
     "spec-draft": ("model={models}/nano-q8_0.gguf",),
 }
 
 
-def settings_of(names: Iterable[str]) -> Iterator[str]:
-    """Yield each plugin with its options, as --plugin takes them; a name that has options stays as it is."""
+def settings_of(names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield a title and plugins as --plugin takes them: each plugin with its options, then the named profiles.
+
+    A name that has options stays as it is.
+    """
     for name in names:
+        if name.startswith("profile "):
+            yield name, tuple(_spelled(read_profile(name.removeprefix("profile "))))
+            continue
         for options in SETTINGS.get(name, ("",)):
-            yield f"{name}:{options.format(models=MODELS)}" if options else name
+            text = f"{name}:{options.format(models=MODELS)}" if options else name
+            yield text, (text,)
+
+
+def _spelled(profile: Profile) -> Iterator[str]:
+    for name, options in profile.plugins.items():
+        yield name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items())

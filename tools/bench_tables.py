@@ -130,8 +130,10 @@ def tasks(files: Sequence[Path]) -> str:
     return "\n\n".join(eval_report.tables(results))
 
 
-def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads: int) -> Iterator[str]:
-    """One line a setting beside a run without: speed, memory, divergence; or why it did not run.
+def plugin_rows(
+    path: Path, plugins: Sequence[tuple[str, tuple[str, ...]]], settings: Settings, threads: int
+) -> Iterator[str]:
+    """One line for each title and its plugins beside a run without: speed, memory, divergence; or why it did not run.
 
     Prompts are cut from the settings' text, else from one that the model writes.
     """
@@ -147,34 +149,33 @@ def plugin_rows(path: Path, plugins: Sequence[str], settings: Settings, threads:
     with tempfile.TemporaryDirectory(prefix="cmr-bench-") as folder:
         file = Path(folder) / "text"
         file.write_text(text, "utf-8")
-        for name in plugins:
+        for name, chosen in plugins:
             say(f"plugin {name}")
-            sides = (Side("plain"), Side(name, (name,)))
+            sides = (Side("plain"), Side(name, chosen))
             against = replace(settings, sides=sides, text=str(file), roofs=False, stretches=STRETCHES)
             try:
-                yield _plugin(name, list(measure(str(path), cases, against)))
+                yield _plugin(name, chosen, list(measure(str(path), cases, against)))
             except Exception as error:  # whatever is wrong with one, the others' rows stay
                 kind = "" if isinstance(error, CMRError) else f"{type(error).__name__}: "
                 yield _line(name.replace(f"{MODELS}/", ""), f"not measured: {kind}{error}", *[""] * 6)
 
 
-def _plugin(name: str, rows: Sequence[Row]) -> str:
+def _plugin(name: str, plugins: Sequence[str], rows: Sequence[Row]) -> str:
     _, prompt, plain, gen = rows
     far = gen.far and gen.far.divergence
     held = gen.far and f"{gen.far.kv_bytes / gen.far.base_kv_bytes:.2f}x"
     return _line(
         name.replace(f"{MODELS}/", ""),
-        "exact" if _exact(name) else "changes tokens",
+        "exact" if _exact(plugins) else "changes tokens",
         *(_times(row) for row in (prompt, gen)),
         held or "",
         *((f"{far.mean:.2g}", f"{far.p999:.2g}", f"{far.same_top:.1%}") if far and far.tokens else [""] * 3),
     )
 
 
-def _exact(name: str) -> bool:
-    """What a plugin with these options promises."""
-    ((_, thing),) = load([name]).list_name_plugin()
-    return bool(declared(thing, "exact"))
+def _exact(plugins: Sequence[str]) -> bool:
+    """What plugins with these options promise together."""
+    return all(declared(thing, "exact") for _, thing in load(plugins).list_name_plugin())
 
 
 def _times(row: Row) -> str:

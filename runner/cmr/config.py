@@ -13,8 +13,8 @@ from cmr.architectures import Quirks, quirks_of
 from cmr.errors import ModelError
 from cmr.gguf_file import GGUFFile, Tensor
 from cmr.metadata import Metadata
-from cmr.ops.records import Router
 from cmr.rope import Rope, read_base, read_rope, with_factors
+from cmr.router import Router
 
 # 0: not said; 1: a softmax over all experts; 3: one over the chosen. llama.cpp's llama_expert_gating_func_type.
 _SOFTMAXES = (0, 1, 3)

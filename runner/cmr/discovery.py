@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import re
 import sys
-import tomllib
 import typing
 from collections.abc import Iterable
 from importlib.metadata import entry_points
@@ -20,6 +19,7 @@ import pluggy
 from cmr import hookspecs
 from cmr.errors import PluginError
 from cmr.options import Option, fill, hint, options_of, split
+from cmr.profiles import Profile, read_profile
 
 GROUP = "cmr.plugins"
 
@@ -58,14 +58,6 @@ DECLARED: dict[str, Any] = {
     "evidence": (),  # what attention must hand out beside its output
     "settled": (),  # texts: what was decided beside the options, by a file or by measuring
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """Plugins with their options, and run options, as a TOML file states them."""
-
-    plugins: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,26 +143,6 @@ def find(name: str) -> tuple[type, str]:
         return getattr(importlib.import_module(module), attribute), where
     except Exception as error:
         raise PluginError(f"{name} ({where}) cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def read_profile(path: str | Path) -> Profile:
-    """Read a TOML profile: [plugins.NAME] tables, and above them run options in the command line's words."""
-    try:
-        content = tomllib.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise PluginError(f"profile {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PluginError(f"profile {path} is not TOML: {error}") from None
-    plugins = content.pop("plugins", {})
-    tables = isinstance(plugins, dict) and all(isinstance(options, dict) for options in plugins.values())
-    if not tables:
-        raise PluginError(
-            f"profile {path}: plugins are tables, as in [plugins.kv-quant] with bits = 4 below it"
-        )
-    wrong = [key for key, value in content.items() if isinstance(value, dict)]
-    if wrong:
-        raise PluginError(f"profile {path} has a table [{wrong[0]}]; there are: run options, [plugins.NAME]")
-    return Profile(plugins, {key.replace("-", "_"): value for key, value in content.items()})
 
 
 def load(plugins: Iterable[Any] = (), profile: Profile | str | Path | None = None) -> pluggy.PluginManager:

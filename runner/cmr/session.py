@@ -11,11 +11,12 @@ from typing import Any
 import pluggy
 
 from cmr.admission import admit, check_words, make_request, refuse_unknown
-from cmr.discovery import load, read_profile
+from cmr.discovery import load
 from cmr.errors import PluginError, RequestError
 from cmr.fingerprint import fingerprint
 from cmr.loop import Loop
 from cmr.plan import Plan
+from cmr.profiles import read_profile
 from cmr.resolve import resolve
 from cmr.sequence import Request, Sequence
 from cmr.stats import rate, token_bytes

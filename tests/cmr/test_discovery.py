@@ -10,8 +10,9 @@ from tests.toy import MODEL, Sees, answer, run
 
 import cmr
 from cmr import PluginError, RequestError, Session, discovery, hookimpl, plugin
-from cmr.discovery import available, describe, load, parse, plugin_name, read_profile
+from cmr.discovery import available, describe, load, parse, plugin_name
 from cmr.options import coerce, fill, hint, kind_name, split
+from cmr.profiles import read_profile
 
 
 @plugin

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "hookspecs", "folders", "cmr"},
     {"quants", "metadata", "options", "architectures", "evidence", "diskspace"},
     {"gguf_header"},
-    {"gguf_file", "rope"},
+    {"gguf_file", "rope", "router", "profiles"},
     {"ops", "config"},
     {"slots", "ages"},
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},

@@ -108,7 +108,7 @@ def test_the_readme_lists_all_architectures_and_tensor_types():
     from cmr.quants import FORMATS
 
     text = README.replace("\n", " ").replace(" (Mistral's too)", "")
-    architectures = re.search(r"of the architectures ([\w, ]+?), with tensors", text)[1]
+    architectures = re.search(r"of the architectures ([\w, -]+?), with tensors", text)[1]
     types = re.search(r"tensors of the types ([\w, ]+?)\.", text)[1]
     assert set(re.split(r", | and ", architectures)) == set(ARCHITECTURES)
     assert set(re.split(r", | and ", types)) == {kind.name for kind in FORMATS.values()}

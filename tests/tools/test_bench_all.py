@@ -28,12 +28,17 @@ def test_the_documents_sections_are_there_before_anything_is_measured():
 
 def test_plugins_are_measured_in_the_settings_of_one_table():
     from cmr.discovery import available, load
+    from cmr.profiles import named_profiles
 
-    settings = list(tool.settings_of(["telemetry", "kv-quant", "mine:size=4"]))
-    assert settings == ["telemetry", "kv-quant:bits=8", "kv-quant:bits=4", "mine:size=4"]
-    for setting in tool.settings_of(available()):
-        if "nano" not in setting:  # which needs a file
-            load([setting])  # refuses names and options that are not there
+    profiles = [f"profile {name}" for name in named_profiles()]
+    settings = list(tool.settings_of(["telemetry", "kv-quant", "mine:size=4", "profile speed"]))
+    assert [title for title, _ in settings] == [
+        *("telemetry", "kv-quant:bits=8", "kv-quant:bits=4", "mine:size=4", "profile speed")
+    ]
+    assert settings[-1][1] == ("spec-lookup", "prefix-cache") and all((t,) == p for t, p in settings[:-1])
+    for title, plugins in tool.settings_of([*available(), *profiles]):
+        if "nano" not in title:  # which needs a file
+            load(plugins)  # refuses names and options that are not there
 
 
 def _row(engine, **more):

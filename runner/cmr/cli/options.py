@@ -217,7 +217,11 @@ def plugin_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plugins").add_argument
     add("--plugin", action="append", default=[], metavar="NAME[:KEY=VALUE,...]",
         help="attach a plugin: by name, or ./file.py:Class; may be repeated")  # fmt: skip
-    add("--profile", metavar="FILE", help="plugins from a TOML file; the command line wins")
+    add(
+        "--profile",
+        metavar="NAME|FILE",
+        help="plugins from a TOML file or a named set (see `cmr plugins`); the command line wins",
+    )
     add("--explain", action="store_true", help="print the plan (who owns each seam, memory) and stop")
     add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="spelling of --plugin kv-quant:k=TYPE")
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="spelling of --plugin kv-quant:v=TYPE")

@@ -12,6 +12,7 @@ from cmr.cli.progress import Progress
 from cmr.discovery import Description, available, describe
 from cmr.errors import PluginError
 from cmr.model import open_model
+from cmr.profiles import named_profiles
 from cmr.testing import Contracts, Finding, check
 
 
@@ -29,6 +30,8 @@ def list_plugins(argv: Sequence[str]) -> int:
         print("\n".join(_lines(row)))
     if not rows:
         print("no plugins are installed")
+    for name, about in {} if args.names else named_profiles().items():
+        print(f"--profile {name}\n  {about}")
     return 0
 
 

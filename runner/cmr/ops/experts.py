@@ -8,8 +8,9 @@ from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import RECORD, STEP
 from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.products import Part, ProductOps
-from cmr.ops.records import Buffer, Norm, Router, Routes
+from cmr.ops.records import Buffer, Norm, Routes
 from cmr.quants import FORMATS
+from cmr.router import Router
 
 
 class ExpertOps(ProductOps):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from cmr.router import Router
 
 ALIGNMENT = 64
 OWN_PAGES = 1 << 18  # bytes of an array from which it has pages of its own
@@ -159,18 +161,6 @@ class Pages:
     def slots(self) -> int:
         """The most slots that a row attends to."""
         return self.size * (self.first + self.top + self.last + 1)
-
-
-class Router(NamedTuple):
-    """How rows choose: `used` of so many `experts`, by a softmax of their logits, times `scale`.
-
-    It is one over the chosen where `normalized`, else over all.
-    """
-
-    experts: int
-    used: int
-    normalized: bool
-    scale: float
 
 
 class Routes:

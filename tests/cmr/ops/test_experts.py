@@ -10,8 +10,8 @@ from tests.ggufs import random_tensor, write_gguf
 
 from cmr.gguf_file import open_gguf
 from cmr.ops import open_ops
-from cmr.ops.records import Router
 from cmr.ops.table import Experts
+from cmr.router import Router
 
 RNG = np.random.default_rng(0)
 
