@@ -349,9 +349,14 @@ def test_a_tied_embedding_is_read_for_every_token():
 
     from cmr.stats import size, token_bytes
 
-    tensor = SimpleNamespace(nbytes=10)
-    assert token_bytes(SimpleNamespace(tensors={"token_embd.weight": tensor, "blk.0.x": tensor})) == 20
-    assert token_bytes(SimpleNamespace(tensors={"token_embd.weight": tensor, "output.weight": tensor})) == 10
+    def read(*names, router=None):
+        file = SimpleNamespace(tensors=dict.fromkeys(names, SimpleNamespace(nbytes=10)))
+        return token_bytes(SimpleNamespace(file=file, config=SimpleNamespace(router=router)))
+
+    assert read("token_embd.weight", "blk.0.x") == 20
+    assert read("token_embd.weight", "output.weight") == 10
+    chosen = SimpleNamespace(used=2, experts=5)
+    assert read("blk.0.ffn_up_exps.weight", "blk.0.ffn_gate_inp.weight", router=chosen) == 14
     assert [size(n) for n in (0, 999, 1500, 4.37e9, 2e15)] == [
         "0 B",
         "999 B",
