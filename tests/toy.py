@@ -76,6 +76,17 @@ class Drafts:
         return self
 
 
+class Bans:
+    """A plugin that never writes the token that a request names."""
+
+    told = ("token", "why")
+
+    @hookimpl
+    def on_logits(self, seq, draft, logits):
+        if "bans" in seq.request.plugins:
+            logits[:, seq.request.plugins["bans"]["token"]] = -float("inf")
+
+
 class Copies:
     """A drafter that copies what followed the last token the time before."""
 

@@ -70,23 +70,36 @@ class AnswerCache:
         return {"hits": self.hits, "misses": self.misses, "kept": len(self.kept), "unwritten": unwritten}
 
     def _key(self, request: Any) -> str | None:
-        """All that decides the answer, as JSON; None where earlier turns or a new seed decide it too."""
+        """All that decides the answer, as JSON; None where that cannot be said, as with earlier turns or a new seed."""
         if request.after is not None:
             return None
         if request.sampling is None:  # a seed is drawn anew each time
+            return None
+        told = _exactly(request.plugins)
+        if told is None:
             return None
         sampling = asdict(request.sampling)
         if sampling["temp"] <= 0 and not sampling["xtc_probability"]:
             sampling["seed"] = None  # nothing is drawn
         stop_ids = None if request.stop_ids is None else sorted(request.stop_ids)
         limits = [request.max_tokens, list(request.stop), request.ignore_eos, stop_ids]
-        return json.dumps([self.identity, list(map(int, request.tokens)), limits, sampling], sort_keys=True)
+        facts = [self.identity, list(map(int, request.tokens)), limits, sampling, told]
+        return json.dumps(facts, sort_keys=True)
 
     def _remember(self, key: str, tokens: list[int]) -> None:
         self.kept[key] = tokens
         self.kept.move_to_end(key)
         while len(self.kept) > self.entries:
             self.kept.popitem(last=False)
+
+
+def _exactly(told: dict[str, Any]) -> str | None:
+    """What plugins are told, as JSON with its keys in their order (a grammar may follow it), or None."""
+    try:
+        text = json.dumps(told)
+    except (TypeError, ValueError):
+        return None
+    return text if json.loads(text) == told else None
 
 
 class _Folder:

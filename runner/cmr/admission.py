@@ -9,6 +9,7 @@ from operator import index
 from typing import Any
 
 from cmr.answer import Answer
+from cmr.discovery import declared
 from cmr.errors import ModelError, PluginError, RequestError
 from cmr.options import hint
 from cmr.sequence import Request, Sequence
@@ -53,6 +54,7 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
     earlier, model = request.after, session.model
     if earlier is not None and (earlier.session is not session or earlier.stop is None):
         raise RequestError("a request goes on after a sequence that has ended in the same session")
+    _check_told(session.plan.plugins, request.plugins)
     request.tokens = _encoded(model, request)
     for hook in session.plan.prepare_request:
         with session.plan.blame:
@@ -67,6 +69,13 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
     session.loop.figures.requests += 1
     _answer(session, seq)
     return seq
+
+
+def _check_told(plugins: dict[str, Any], told: dict[str, dict[str, Any]]) -> None:
+    """Refuse what a request tells a plugin that is not there, or that would not listen."""
+    refuse_unknown(told, plugins, "this session has no plugin")
+    for name, options in told.items():
+        refuse_unknown(options, declared(plugins[name], "told"), f"{name} takes from a request no option")
 
 
 def _encoded(model: Any, request: Request) -> list[int]:

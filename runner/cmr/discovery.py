@@ -56,6 +56,7 @@ DECLARED: dict[str, Any] = {
     "conflicts": (),  # names of plugins it cannot run beside, or a dict name -> why
     "needs": (),  # of the model: "tokenizer", "chat_template"
     "evidence": (),  # what attention must hand out beside its output
+    "told": (),  # names of options that a request may give it, in Request.plugins
     "settled": (),  # texts: what was decided beside the options, by a file or by measuring
 }
 

@@ -74,7 +74,7 @@ def explain(plan: Plan) -> Iterator[str]:
         yield f"{'plugin':14} {spelled(name, thing)}: {_promise(thing)}"
         summary = (getdoc(type(thing)) or "").partition("\n")[0]
         yield f"{'':14} {summary} [{', '.join(hooks_of(thing))}]"
-        for key in ("settled", "needs", "evidence", "devices", "conflicts"):
+        for key in ("settled", "needs", "evidence", "told", "devices", "conflicts"):
             if declared(thing, key):
                 yield f"{'':14} {key}: {', '.join(declared(thing, key))}"
     for hook in hookspecs.PLAN:

@@ -20,7 +20,8 @@ class Request:
     `tokens` are the ids of the prompt, made when a session takes the request; a plugin may edit them then.
     `max_tokens` None means until the context is full. `stop_ids` None means the tokenizer's. `special` parses
     special tokens in a text prompt. `after` is a finished Sequence whose KV is used again as far as its
-    tokens are the same.
+    tokens are the same. `plugins` is what plugins of the session are told for this request alone, by name: a dict
+    of options that each of them takes from requests.
     """
 
     prompt: str | list[int] | None = None
@@ -34,6 +35,7 @@ class Request:
     id: str | None = None
     after: Sequence | None = None
     tokens: list[int] | None = None
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prompt is None:
@@ -47,6 +49,11 @@ class Request:
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise RequestError(f"stop is {self.stop!r}; it must be texts, none empty")
+        told = self.plugins
+        if not isinstance(told, dict) or not all(isinstance(options, dict) for options in told.values()):
+            raise RequestError(
+                f"plugins is {told!r:.200}; it must be a dict of names, each with a dict of options"
+            )
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import numpy as np
 import pytest
-from tests.toy import MODEL, PROMPT, PROMPTS, Copies, Drafts, Together, answer, run
+from tests.toy import MODEL, PROMPT, PROMPTS, Bans, Copies, Drafts, Together, answer, run
 
 from cmr import LayerCache, Request, RequestError, SamplerSettings, Session, hookimpl
 from cmr.testing import ToyModel
@@ -215,15 +215,39 @@ def test_requests_may_be_added_while_others_run():
         (lambda s: s.text("a", stop=""), "stop is .*; it must be texts, none empty"),
         (lambda s: s.generate(Request(None)), "a request needs a prompt"),
         (lambda s: list(s.stream([Request("ab"), Request([700])])), "token 700"),
+        (
+            lambda s: s.text("a", plugins={"bann": {}}),
+            "this session has no plugin 'bann'; did you mean 'bans'",
+        ),
+        (
+            lambda s: s.text("a", plugins={"bans": {"tokn": 3}}),
+            "bans takes from a request no option 'tokn'; did you mean 'token'",
+        ),
+        (
+            lambda s: s.text("a", plugins={"copies": {"n": 3}}),
+            "copies takes .* no option 'n'; there are none",
+        ),
+        (lambda s: s.text("a", plugins=["bans"]), "plugins is .'bans'.; it must be a dict of names"),
+        (lambda s: s.text("a", plugins={"bans": 3}), "plugins is .*; it must be a dict of names"),
+        (lambda s: s.generate(Request("a", plugins={"stop-loop": {}})), "no plugin 'stop-loop'"),
         (lambda s: Session.open(MODEL, chunks=3), "a session has no limit 'chunks'; did you mean 'chunk'"),
         (lambda s: Session.open(MODEL, context=4096), "context 4096 is more than the 1024"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_runs(call, message):
-    session = Session.open(MODEL)
+    session = Session.open(MODEL, [Bans(), Copies()])
     with pytest.raises(RequestError, match=message):
         call(session)
     assert session.report()["steps"] == 0
+
+
+def test_a_request_tells_a_plugin_something_that_others_do_not_hear():
+    session = Session.open(MODEL, [Bans()])
+    banned = PLAIN[0]
+    told = session.request(PROMPT, max_tokens=8, temp=0.0, plugins={"bans": {"token": banned}})
+    found = list(session.generate(told))
+    assert banned not in found and found == list(session.generate(told))
+    assert answer(session) == PLAIN
 
 
 # -- going on --

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.toy import MODEL, PROMPT, answer, run
+from tests.toy import MODEL, PROMPT, Bans, answer, run
 
 from cmr import PluginError, Session
 from cmr.testing import ToyModel, check
@@ -41,14 +41,27 @@ def test_the_same_request_is_answered_without_the_model(options):
         {"ignore_eos": True},
         {"stop_ids": frozenset({3})},
         {"logit_bias": {5: 1.0}},
+        {"plugins": {"bans": {"token": 5}}},
     ],
 )
 def test_another_request_is_not(other):
-    session = Session.open(MODEL, ["answer-cache"])
+    session = Session.open(MODEL, ["answer-cache", Bans()])
     answer(session, **SEEDED)
     before = steps(session)
     answer(session, **SEEDED | other)
     assert steps(session) > before
+
+
+def test_what_plugins_are_told_counts_to_the_letter():
+    session = Session.open(MODEL, ["answer-cache", Bans()])
+    told = [{"token": 5, "why": why} for why in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": True})]
+    for options in told * 2:
+        answer(session, plugins={"bans": options})
+    assert session.report()["answer-cache"]["hits"] == session.report()["answer-cache"]["misses"] == 3
+    for unsayable in (float("nan"), object(), (1, 2), {1: 2}):
+        for _ in range(2):
+            answer(session, plugins={"bans": {"token": 5, "why": unsayable}})
+    assert session.report()["answer-cache"]["hits"] == 3
 
 
 def test_greedy_answers_do_not_depend_on_the_seed():

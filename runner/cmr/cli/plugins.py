@@ -79,7 +79,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         default = "required" if option["required"] else f"default {option['default']}"
         note = f": {option['help']}" if option["help"] else ""
         lines.append(f"  {name:10} {option['type']}, {default}{note}")
-    for key in ("conflicts", "needs", "devices", "evidence"):
+    for key in ("conflicts", "needs", "devices", "evidence", "told"):
         if row.get(key):
             lines.append(f"  {key:10} {', '.join(row[key])}")
     return [*lines, f"  from       {row['where']}", ""]
