@@ -37,6 +37,10 @@ class ToyTokenizer:
         """Return the bytes of a token."""
         return self.tokens[token]
 
+    def is_special(self, token: int) -> bool:
+        """Return whether the token is not shown."""
+        return token == self.eos
+
     def stream(self, special: bool = False, start: bool = False) -> ToyTokenizer:
         """Return a decoder: no character needs more than one token here."""
         return self

@@ -1,0 +1,223 @@
+"""Write rules as a grammar for llguidance, which reads lexemes greedily, so that no text is lost by that.
+
+A parser over lexemes takes the longest one: of `[a-z]+ "x"` it never sees the end, for the class takes the x, too. So
+lexemes are single characters, but for parts that end where they end whatever follows (a quoted string, a keyword) and
+that begin like no other lexeme: those keep their speed. A grammar without recursion is one regular expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from cmr_plugins.grammar.gbnf import Alt, Chars, Node, Ref, Repeat, Seq
+
+MOST = 2000  # characters' places in one lexeme or expression
+
+
+class TooLarge(Exception):
+    """A part that would be written out at too great a length."""
+
+
+def to_lark(rules: dict[str, Node]) -> str:
+    """Return the rules in llguidance's notation; `root` becomes `start`."""
+    try:
+        return f"start: /{_pattern(_inlined(rules['root'], rules))}/\n"
+    except (TooLarge, RecursionError):
+        return _Writer(rules).text()
+
+
+def _inlined(node: Node, rules: dict[str, Node], around: frozenset[str] = frozenset()) -> Node:
+    """Put rules in the place of their names; TooLarge where that has no end, or none soon."""
+    return _Inliner(rules).node(node, around)
+
+
+@dataclass
+class _Inliner:
+    rules: dict[str, Node]
+    room: int = MOST
+
+    def node(self, node: Node, around: frozenset[str]) -> Node:
+        self.room -= 1
+        if self.room < 0:
+            raise TooLarge
+        match node:
+            case Ref(name):
+                if name in around:
+                    raise TooLarge
+                return self.node(self.rules[name], around | {name})
+            case Seq(parts):
+                return Seq(tuple(self.node(part, around) for part in parts))
+            case Alt(choices):
+                return Alt(tuple(self.node(choice, around) for choice in choices))
+            case Repeat(part, low, high):
+                return Repeat(self.node(part, around), low, high)
+        return node
+
+
+def _pattern(node: Node) -> str:
+    """A node without names as a regular expression."""
+    match node:
+        case Chars(ranges):
+            return _class(ranges)
+        case Seq(parts):
+            return "".join(map(_pattern, parts))
+        case Alt(choices):
+            return f"(?:{'|'.join(map(_pattern, choices))})"
+        case Repeat(part, low, high):
+            return f"(?:{_pattern(part)}){_times(low, high)}"
+    raise TypeError(node)
+
+
+def _class(ranges: tuple[tuple[int, int], ...]) -> str:
+    return "[" + "".join(rf"\x{{{low:x}}}-\x{{{high:x}}}" for low, high in ranges) + "]"
+
+
+def _times(low: int, high: int | None) -> str:
+    return f"{{{low},{'' if high is None else high}}}"
+
+
+@dataclass
+class _Places:
+    """A part's places (Glushkov 1961): where it can begin and end, and what can follow each of them."""
+
+    chars: list[Chars] = field(default_factory=list)
+    follow: list[set[int]] = field(default_factory=list)
+
+    def read(self, node: Node) -> tuple[bool, set[int], set[int]]:
+        """Add a node's places; return whether it may be empty, its first and its last ones."""
+        match node:
+            case Chars():
+                if len(self.chars) >= MOST:
+                    raise TooLarge
+                self.chars.append(node)
+                self.follow.append(set())
+                return False, {len(self.chars) - 1}, {len(self.chars) - 1}
+            case Seq(parts):
+                return self._chain(self.read(part) for part in parts)
+            case Alt(choices):
+                empty, first, last = zip(*map(self.read, choices))
+                return any(empty), set().union(*first), set().union(*last)
+            case Repeat(part, low, high):
+                return self._chain(self._repeated(part, low, high))
+        raise TypeError(node)
+
+    def _chain(self, parts: Iterable[tuple[bool, set[int], set[int]]]) -> tuple[bool, set[int], set[int]]:
+        empty, first, last = True, set[int](), set[int]()
+        for may_be_empty, begins, ends in parts:
+            for place in last:
+                self.follow[place] |= begins
+            first = first | begins if empty else first
+            last = last | ends if may_be_empty else ends
+            empty = empty and may_be_empty
+        return empty, first, last
+
+    def _repeated(self, part: Node, low: int, high: int | None) -> Iterator[tuple[bool, set[int], set[int]]]:
+        count = max(1, low) if high is None else high
+        for turn in range(count):
+            empty, first, last = self.read(part)
+            if high is None and turn == count - 1:
+                for place in last:
+                    self.follow[place] |= first
+            yield empty or turn >= low, first, last
+
+
+def _first_of_lexeme(node: Node) -> tuple[tuple[int, int], ...] | None:
+    """The characters that a part begins with, if it ends where it ends whatever follows; else None.
+
+    It does if each next character leads to one place, and none leads on from the last ones.
+    """
+    places = _Places()
+    try:
+        empty, first, last = places.read(node)
+    except TooLarge:
+        return None
+    if empty or any(places.follow[place] for place in last):
+        return None
+    for together in (first, *places.follow):
+        if not _apart(places.chars[place].ranges for place in together):
+            return None
+    return tuple(sorted(pair for place in first for pair in places.chars[place].ranges))
+
+
+def _apart(sets: Iterable[tuple[tuple[int, int], ...]]) -> bool:
+    """Whether no character is in two of these sets."""
+    pairs = sorted(pair for ranges in sets for pair in ranges)
+    return all(before[1] < after[0] for before, after in zip(pairs, pairs[1:]))
+
+
+class _Writer:
+    """Writes recursive rules, with lexemes where that is safe."""
+
+    def __init__(self, rules: dict[str, Node]) -> None:
+        self.rules = rules
+        self.names = {name: f"r{place}" for place, name in enumerate(rules)} | {"root": "start"}
+        self.lexemes: dict[str, tuple[tuple[int, int], ...]] = {}  # pattern -> first characters
+        self.refused: set[str] = set()
+
+    def text(self) -> str:
+        """Write all rules anew until no lexeme begins like another one."""
+        while True:
+            self.lexemes.clear()
+            lines = [f"{self.names[name]}: {self._write(node)}" for name, node in self.rules.items()]
+            clashing = self._clashing()
+            if not clashing:
+                return "\n".join(lines) + "\n"
+            self.refused |= clashing
+
+    def _clashing(self) -> set[str]:
+        """The longer lexemes that begin with a character with which another one begins."""
+        found = set()
+        for pattern, first in self.lexemes.items():
+            if not pattern.startswith("(?:"):
+                continue
+            others = (theirs for other, theirs in self.lexemes.items() if other != pattern)
+            if not all(_apart((first, theirs)) for theirs in others):
+                found.add(pattern)
+        return found
+
+    def _write(self, node: Node) -> str:
+        whole = self._lexeme(node)
+        if whole:
+            return whole
+        match node:
+            case Ref(name):
+                return self.names[name]
+            case Alt(choices):
+                return f"({' | '.join(map(self._write, choices))})"
+            case Repeat(part, low, high):
+                return f"({self._write(part)}){_times(low, high)}"
+            case Seq(parts):
+                return " ".join(self._runs(_flat(parts))) or '""'
+        raise TypeError(node)
+
+    def _runs(self, parts: tuple[Node, ...]) -> Iterator[str]:
+        """Write parts, as many together as make a lexeme."""
+        start = 0
+        while start < len(parts):
+            for end in range(len(parts), start + 1, -1):
+                run = self._lexeme(Seq(parts[start:end])) if (start, end) != (0, len(parts)) else ""
+                if run:
+                    break
+            else:
+                run, end = self._write(parts[start]), start + 1
+            yield run
+            start = end
+
+    def _lexeme(self, node: Node) -> str:
+        """Write a part as a lexeme, if it can be one."""
+        try:
+            plain = _inlined(node, self.rules)
+            pattern = _class(plain.ranges) if isinstance(plain, Chars) else f"(?:{_pattern(plain)})"
+        except (TooLarge, RecursionError):
+            return ""
+        first = None if pattern in self.refused else _first_of_lexeme(plain)
+        if first is None:
+            return ""
+        self.lexemes[pattern] = first
+        return f"/{pattern}/"
+
+
+def _flat(parts: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Parts, with those of sequences within them in their place."""
+    return tuple(one for part in parts for one in (_flat(part.parts) if isinstance(part, Seq) else (part,)))
