@@ -129,7 +129,7 @@ def plugin_name(cls: type, spelled: str | None = None) -> str:
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
     """Split 'kv-quant:bits=4,rotate' or './mine.py:MyPlugin:bits=4' into a name and its options."""
-    match = re.fullmatch(r"(.+?\.py(?::[A-Za-z_]\w*(?![\w=,]))?|[^:]+)(?::(.*))?", text)
+    match = re.fullmatch(r"([^=]+?\.py(?::[A-Za-z_]\w*(?![\w=,]))?|[^:]+)(?::(.*))?", text, re.S)
     if not match:
         raise PluginError(f"{text!r} does not name a plugin; write NAME or NAME:key=value,key=value")
     return match[1], split(match[2] or "")
@@ -148,7 +148,9 @@ def find(name: str) -> tuple[type, str]:
 
 
 def load(plugins: Iterable[Any] = (), profile: Profile | str | Path | None = None) -> pluggy.PluginManager:
-    """Return a plugin manager with the profile's plugins and those given, as texts or objects; these win.
+    """Return a plugin manager with the profile's plugins and those given; these win.
+
+    They are given as texts, as pairs of a name and a dict of options, or as objects.
 
     Nothing of a model is needed: unknown names and options, wrong hooks and conflicts are refused here.
     """
@@ -157,8 +159,8 @@ def load(plugins: Iterable[Any] = (), profile: Profile | str | Path | None = Non
     chosen: dict[str, dict[str, Any]] = {name: dict(options) for name, options in profile.plugins.items()}
     made: dict[str, Any] = {}
     for item in plugins:
-        if isinstance(item, str):
-            name, options = parse(item)
+        if isinstance(item, str | tuple):
+            name, options = parse(item) if isinstance(item, str) else item
             chosen[name] = chosen.get(name, {}) | options
         else:
             name = plugin_name(type(item))

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union
 from cmr.errors import PluginError
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,32 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def split(text: str) -> dict[str, str]:
-    """Split 'bits=4,rotate,layers=[0,1]' at commas outside brackets; a word alone means true."""
-    items = re.findall(r"(?:\[[^\]]*\]|[^,])+", text)
-    pairs = (item.partition("=") for item in items)
-    return {key.strip(): value.strip() if eq else "true" for key, eq, value in pairs}
+    """Split 'bits=4,rotate,layers=[0,1]' at commas; a word alone means true.
+
+    A comma within quotes, brackets or braces is a part of its value. A value that is quoted whole stands there without
+    the quotes, and \" in it for one; any other backslash stays.
+    """
+    pairs = (item.partition("=") for item in _items(text) if item)
+    return {key.strip(): _unquoted(value.strip()) if eq else "true" for key, eq, value in pairs}
+
+
+def _items(text: str) -> list[str]:
+    """Cut a text at its commas, but for those within quotes, brackets or braces."""
+    items, depth = [""], 0
+    for piece in re.findall(rf"{_QUOTED}|.", text, re.S):
+        depth = max(0, depth + (piece in ("[", "{")) - (piece in ("]", "}")))
+        if piece == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += piece
+    return items
+
+
+def _unquoted(value: str) -> str:
+    """A value without quotes around all of it."""
+    if not re.fullmatch(_QUOTED, value, re.S):
+        return value
+    return re.sub(r"\\(.)", lambda found: '"' if found[1] == '"' else found[0], value[1:-1], flags=re.S)
 
 
 def fill(cls: type, name: str, values: dict[str, Any]) -> Any:

@@ -67,7 +67,7 @@ class Session:
 
     @classmethod
     def open(cls, model: Any, plugins: Any = (), profile: Any = None, **limits: Any) -> Session:
-        """Attach plugins (texts or objects, or what discovery.load gave) and a TOML profile to a model.
+        """Attach plugins (texts, pairs or objects, or what discovery.load gave) and a TOML profile to a model.
 
         Limits are `chunk`, the most prompt rows in a step, and `context`, as in the constructor. Raises PluginError
         or RequestError for anything that cannot be honoured, before a weight is read.

@@ -11,6 +11,9 @@ from cmr import PluginError, RequestError
 from cmr_plugins.grammar.sources import first_line
 
 
+NOTHING = "NoExtensionBias"  # llguidance's reason where text could follow, and no token is such text
+
+
 class Follower:
     """A grammar's state behind the accepted tokens of a sequence.
 
@@ -36,11 +39,15 @@ class Follower:
         Raises RequestError where nothing is allowed in the first row, PluginError where llguidance cannot tell.
         """
         if not self._forbid(self.matcher, logits[0]):
+            if self.matcher.stop_reason() in ("NotStopped", "NoExtension", NOTHING):
+                raise RequestError(
+                    "grammar: no token of this model can go on from here as the grammar wants it"
+                )
             why = first_line(self.matcher.get_error())
-            if why:
-                raise PluginError(f"grammar: llguidance gave up ({why}); a simpler grammar may work")
-            raise RequestError("grammar: no token of this model can go on from here as the grammar wants it")
-        ahead = self.matcher.deep_copy() if draft else None
+            raise PluginError(f"grammar: llguidance gave up ({why}); a simpler grammar may work")
+        if not draft:
+            return
+        ahead = self.matcher.deep_copy()
         for token, row in zip(draft, logits[1:]):
             if token in self.stops or ahead.is_stopped() or ahead.try_consume_tokens([token]) != 1:
                 return

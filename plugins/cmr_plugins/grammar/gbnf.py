@@ -68,7 +68,9 @@ def parse(text: str) -> dict[str, Node]:
             reader.fail("the end of the rule")
         reader.skip(lines=True)
     if "root" not in rules:
-        raise ValueError(f"there is no rule 'root'; there are: {', '.join(rules)}" if rules else "it is empty")
+        raise ValueError(
+            f"there is no rule 'root'; there are: {', '.join(rules)}" if rules else "it is empty"
+        )
     for name in sorted(reader.named):
         if name not in rules:
             raise ValueError(f"there is no rule {name!r}; there are: {', '.join(rules)}")

@@ -21,10 +21,16 @@ class TooLarge(Exception):
 
 def to_lark(rules: dict[str, Node]) -> str:
     """Return the rules in llguidance's notation; `root` becomes `start`."""
+    whole = _as_expression(rules)
+    return f"start: /{whole}/\n" if whole else _Writer(rules).text()
+
+
+def _as_expression(rules: dict[str, Node]) -> str:
+    """All rules as one regular expression; empty where they call themselves, or it would be too long."""
     try:
-        return f"start: /{_pattern(_inlined(rules['root'], rules))}/\n"
+        return _pattern(_inlined(rules["root"], rules))
     except (TooLarge, RecursionError):
-        return _Writer(rules).text()
+        return ""
 
 
 def _inlined(node: Node, rules: dict[str, Node], around: frozenset[str] = frozenset()) -> Node:

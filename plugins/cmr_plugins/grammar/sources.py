@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,13 @@ def read(path: Path, kind: str | None) -> tuple[str, str]:
 def lark_of(kind: str, text: str) -> str:
     """Return a grammar in llguidance's notation; ValueError says what is wrong with it."""
     try:
-        made = {"gbnf": _from_gbnf, "json_schema": _from_schema, "regex": _from_regex, "lark": str}[kind](text)
+        made = OPTIONS + WRITTEN[kind](text)
     except RecursionError:
         raise ValueError(f"the {kind} is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"the {kind} cannot be read: {error}") from None
     from llguidance import LLMatcher
 
-    made = OPTIONS + made
     wrong, said = LLMatcher.validate_grammar_with_warnings(made)
     if wrong:
         raise ValueError(f"the {kind} cannot be used: {first_line(said[0])}")
@@ -66,10 +66,6 @@ def lark_of(kind: str, text: str) -> str:
 def first_line(text: str) -> str:
     """The first line of what llguidance says, whose others show its state."""
     return text.strip().partition("\n")[0]
-
-
-def _from_gbnf(text: str) -> str:
-    return to_lark(parse(text))
 
 
 def _from_schema(text: str) -> str:
@@ -85,3 +81,11 @@ def _from_regex(text: str) -> str:
     from llguidance import LLMatcher
 
     return json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+
+
+WRITTEN: dict[str, Callable[[str], str]] = {
+    "gbnf": lambda text: to_lark(parse(text)),
+    "json_schema": _from_schema,
+    "regex": _from_regex,
+    "lark": str,
+}

@@ -33,5 +33,6 @@ def ll_tokenizer(tokenizer: Any) -> Any:
     if made is None:
         from llguidance import LLTokenizer
 
-        made = _MADE[tokenizer] = LLTokenizer(_Vocabulary(tokenizer))
+        vocabulary: Any = _Vocabulary(tokenizer)
+        made = _MADE[tokenizer] = LLTokenizer(vocabulary)
     return made

@@ -48,7 +48,8 @@ def attach(args: argparse.Namespace, model: Model) -> Session:
     limits: dict[str, Any] = {}
     if args.batch_size or args.ubatch_size:
         limits["chunk"] = min(size for size in (args.batch_size, args.ubatch_size) if size)
-    return Session.open(model, [*args.plugin, *_kv_quant(args)], args.profile, **limits)
+    spelled = [*_kv_quant(args), *(("grammar", options) for options in args.grammars)]
+    return Session.open(model, [*args.plugin, *spelled], args.profile, **limits)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,14 @@ from typing import Any, NoReturn
 
 from cmr.errors import RequestError
 
+# Flags for a grammar, what they take, and how the plugin `grammar` is told that.
+GRAMMARS = (
+    ("--grammar", "GBNF", "gbnf={}", ""),
+    ("--grammar-file", "FILE", "file={},kind=gbnf", ""),
+    ("-j --json-schema", "SCHEMA", "json_schema={}", "; {} allows any JSON"),
+    ("-jf --json-schema-file", "FILE", "file={},kind=json_schema", ""),
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, raised as RequestError."""
@@ -120,6 +128,18 @@ def gpu_layers(text: str) -> int | None:
     return None if text == "auto" else sys.maxsize if text == "all" else whole(0)(text)
 
 
+def told(options: str) -> Callable[[str], dict[str, str]]:
+    """Make a converter to a plugin's options, written as KEY={},KEY=VALUE, from a text that is not empty."""
+    pairs = [pair.split("=") for pair in options.split(",")]
+
+    def convert(text: str) -> dict[str, str]:
+        if not text.strip():
+            raise argparse.ArgumentTypeError("wants a text, got an empty one")
+        return {key: text if value == "{}" else value for key, value in pairs}
+
+    return convert
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:
@@ -223,6 +243,9 @@ def plugin_options(parser: argparse.ArgumentParser) -> None:
         help="plugins from a TOML file or a named set (see `cmr plugins`); the command line wins",
     )
     add("--explain", action="store_true", help="print the plan (who owns each seam, memory) and stop")
+    for flags, metavar, options, more in GRAMMARS:
+        add(*flags.split(), dest="grammars", action="append", default=[], type=told(options), metavar=metavar,
+            help=f"spelling of --plugin grammar:{options.format(metavar)}{more}")  # fmt: skip
     add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help="spelling of --plugin kv-quant:k=TYPE")
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="spelling of --plugin kv-quant:v=TYPE")
 
@@ -243,6 +266,10 @@ def refuse_unmet(args: argparse.Namespace) -> None:
         raise RequestError("--rope-scale needs --rope-scaling linear or yarn")
     if args.no_conversation and (args.chat or args.single_turn or args.system_prompt):
         raise RequestError("--no-conversation contradicts the chat flags beside it")
+    if len(args.grammars) > 1:
+        raise RequestError(
+            f"{len(args.grammars)} grammars were given; choose one of --grammar, -j and their files"
+        )
     if args.prompt is not None and args.file is not None:
         raise RequestError("both -p and -f give a prompt; choose one")
 
