@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from cmr import PluginError, RequestError
 from cmr_plugins.grammar.sources import first_line
 
-
-NOTHING = "NoExtensionBias"  # llguidance's reason where text could follow, and no token is such text
+NOTHING = "NoExtensionBias"  # llguidance's error where text could follow, and no token is such text
 
 
 class Follower:
@@ -39,12 +38,7 @@ class Follower:
         Raises RequestError where nothing is allowed in the first row, PluginError where llguidance cannot tell.
         """
         if not self._forbid(self.matcher, logits[0]):
-            if self.matcher.stop_reason() in ("NotStopped", "NoExtension", NOTHING):
-                raise RequestError(
-                    "grammar: no token of this model can go on from here as the grammar wants it"
-                )
-            why = first_line(self.matcher.get_error())
-            raise PluginError(f"grammar: llguidance gave up ({why}); a simpler grammar may work")
+            self._give_up()
         if not draft:
             return
         ahead = self.matcher.deep_copy()
@@ -73,3 +67,9 @@ class Follower:
             row[self.n_vocab :] = -np.inf
         row[stops] = kept
         return left + len(stops) > 0
+
+    def _give_up(self) -> NoReturn:
+        why = first_line(self.matcher.get_error())
+        if why in ("", NOTHING):
+            raise RequestError("grammar: no token of this model can go on from here as the grammar wants it")
+        raise PluginError(f"grammar: llguidance gave up ({why}); a simpler grammar may work")
