@@ -31,6 +31,16 @@ number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1
 ws ::= | " " | "\n" [ \t]{0,20}
 """
 
+# Strings stand before a blank here and before other things there; `pair` could be one lexeme with them, and is not.
+PAIRS = r"""
+root   ::= value
+value  ::= ("{" ws (pair ("," ws pair)*)? "}" | "[" ws (value ("," ws value)*)? "]" | string | number | "true") ws
+pair   ::= string ws ":" ws value
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\""
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+ws     ::= [ \t\n]*
+"""
+
 
 class Masks:
     """The plugin with a tokenizer and no model: which tokens it allows behind tokens of an answer."""

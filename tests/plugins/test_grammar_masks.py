@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.grammars import JSON, Masks, walks
+from tests.grammars import JSON, PAIRS, Masks, walks
 from tests.vocabularies import CONTROL, byte_level, characters, sentence_pieces
 
 import cmr
@@ -150,15 +150,16 @@ def same_masks(one, other, seed, steps=40):
             return
 
 
-def test_lexemes_change_no_mask(tokenizer, monkeypatch):
-    fast = [Masks(tokenizer, gbnf=JSON) for _ in range(8)]
-    assert r"/(?:[\x{22}-\x{22}]" in to_lark(parse(JSON))  # strings are lexemes
+@pytest.mark.parametrize("grammar", [JSON, PAIRS], ids=["json", "pairs"])
+def test_lexemes_change_no_mask(tokenizer, grammar, monkeypatch):
+    fast = [Masks(tokenizer, gbnf=grammar) for _ in range(8)]
+    assert r"/(?:[\x{22}-\x{22}]" in to_lark(parse(grammar))  # strings are lexemes
     monkeypatch.setattr(
         lexemes, "_first_of_lexeme", lambda node: node[0] if isinstance(node, lexemes.Chars) else None
     )
-    assert "(?:" not in to_lark(parse(JSON))
+    assert "(?:" not in to_lark(parse(grammar))
     for seed, masks in enumerate(fast):
-        same_masks(masks, Masks(tokenizer, gbnf=JSON), seed)
+        same_masks(masks, Masks(tokenizer, gbnf=grammar), seed)
 
 
 EXPRESSIONS = {
@@ -280,3 +281,27 @@ def test_rows_behind_a_draft_follow_it(vocabulary):
     for token, wanted in ((a, after[0]), (b, after[1])):
         assert masks.take(token) is None and masks.allowed() == wanted
     assert masks.take(a) is None and masks.take(x) == "grammar"
+
+
+# -- grammars of unusual sizes --
+
+CHAIN = "\n".join(
+    f'r{i} ::= "k{i}" (" " [a-z]+ r{(7 * i + 1) % 900})? "," r{(i + 1) % 900}?' for i in range(900)
+)
+DOUBLED = "\n".join(f'r{i} ::= "k{i}" r{i + 1} r{i + 1}' for i in range(60))
+LARGE = {
+    "rules that call each other": (f"root ::= r0\n{CHAIN}", "k"),
+    "rules that double each other": (f'root ::= r0\n{DOUBLED}\nr60 ::= "x"', "k"),
+    "many words": (f"root ::= {' | '.join(f'{chr(34)}w{i}{chr(34)}' for i in range(5000))}", "w"),
+    "many times": ('root ::= ("a"{1000}){1000000000} | ("b" root?){100000}', "ab"),
+    "calls that lead nowhere": ('root ::= root | root root | ((""*)* | "b")* "a" root?', "ab"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_grammars_take_no_longer_than_they_are(name):
+    grammar, first = LARGE[name]
+    masks = Masks(ToyModel().tokenizer, gbnf=grammar)
+    assert {masks.tokenizer.decode([token]) for token in masks.allowed() - masks.tokenizer.stop_ids} == set(
+        first
+    )

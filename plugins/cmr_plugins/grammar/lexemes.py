@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from cmr_plugins.grammar.gbnf import Alt, Chars, Node, Ref, Repeat, Seq
 
-MOST = 2000  # characters' places in one lexeme or expression
+MOST, MOST_OF_ALL = (
+    2000,
+    50_000,
+)  # places for characters in one lexeme, and in an expression for all of a grammar
+RUN = 16  # parts of a sequence that are tried as one lexeme
 
 
 class TooLarge(Exception):
@@ -28,37 +33,47 @@ def to_lark(rules: dict[str, Node]) -> str:
 def _as_expression(rules: dict[str, Node]) -> str:
     """All rules as one regular expression; empty where they call themselves, or it would be too long."""
     try:
-        return _pattern(_inlined(rules["root"], rules))
+        return _pattern(_inlined(rules["root"], rules, _sizes(rules), MOST_OF_ALL))
     except (TooLarge, RecursionError):
         return ""
 
 
-def _inlined(node: Node, rules: dict[str, Node], around: frozenset[str] = frozenset()) -> Node:
-    """Put rules in the place of their names; TooLarge where that has no end, or none soon."""
-    return _Inliner(rules).node(node, around)
+def _sizes(rules: dict[str, Node]) -> dict[str, float]:
+    """How many parts each rule has, written out; infinity where that has no end."""
+    sizes, found = dict.fromkeys(rules, inf), True
+    while found:
+        found = False
+        for name, node in reversed(rules.items()):
+            if sizes[name] == inf and (size := _size(node, sizes)) < inf:
+                sizes[name], found = size, True
+    return sizes
 
 
-@dataclass
-class _Inliner:
-    rules: dict[str, Node]
-    room: int = MOST
+def _size(node: Node, sizes: dict[str, float]) -> float:
+    match node:
+        case Ref(name):
+            return sizes[name]
+        case Seq(parts) | Alt(parts):
+            return 1 + sum(_size(part, sizes) for part in parts)
+        case Repeat(part, _, _):
+            return 1 + _size(part, sizes)
+    return 1
 
-    def node(self, node: Node, around: frozenset[str]) -> Node:
-        self.room -= 1
-        if self.room < 0:
-            raise TooLarge
-        match node:
-            case Ref(name):
-                if name in around:
-                    raise TooLarge
-                return self.node(self.rules[name], around | {name})
-            case Seq(parts):
-                return Seq(tuple(self.node(part, around) for part in parts))
-            case Alt(choices):
-                return Alt(tuple(self.node(choice, around) for choice in choices))
-            case Repeat(part, low, high):
-                return Repeat(self.node(part, around), low, high)
-        return node
+
+def _inlined(node: Node, rules: dict[str, Node], sizes: dict[str, float], most: int) -> Node:
+    """Put rules in the place of their names; TooLarge where that has more parts than `most`, or no end."""
+    if _size(node, sizes) > most:
+        raise TooLarge
+    match node:
+        case Ref(name):
+            return _inlined(rules[name], rules, sizes, most)
+        case Seq(parts):
+            return Seq(tuple(_inlined(part, rules, sizes, most) for part in parts))
+        case Alt(choices):
+            return Alt(tuple(_inlined(choice, rules, sizes, most) for choice in choices))
+        case Repeat(part, low, high):
+            return Repeat(_inlined(part, rules, sizes, most), low, high)
+    return node
 
 
 def _pattern(node: Node) -> str:
@@ -159,10 +174,12 @@ class _Writer:
         self.rules = rules
         self.names = {name: f"r{place}" for place, name in enumerate(rules)} | {"root": "start"}
         self.lexemes: dict[str, tuple[tuple[int, int], ...]] = {}  # pattern -> first characters
+        self.sizes = _sizes(rules)
         self.refused: set[str] = set()
+        self.known: dict[Node, tuple[str, tuple[tuple[int, int], ...] | None]] = {}
 
     def text(self) -> str:
-        """Write all rules anew until no lexeme begins like another one."""
+        """Write all rules, and anew without the longer ones of lexemes that begin alike, until there are none."""
         while True:
             self.lexemes.clear()
             lines = [f"{self.names[name]}: {self._write(node)}" for name, node in self.rules.items()]
@@ -172,15 +189,14 @@ class _Writer:
             self.refused |= clashing
 
     def _clashing(self) -> set[str]:
-        """The longer lexemes that begin with a character with which another one begins."""
-        found = set()
-        for pattern, first in self.lexemes.items():
-            if not pattern.startswith("(?:"):
-                continue
-            others = (theirs for other, theirs in self.lexemes.items() if other != pattern)
-            if not all(_apart((first, theirs)) for theirs in others):
-                found.add(pattern)
-        return found
+        """The longer one of each two neighbours that share a first character, single characters aside."""
+        begun = sorted((pair, pattern) for pattern, first in self.lexemes.items() for pair in first)
+        found, last = set[str](), ((-1, -1), "")
+        for pair, pattern in begun:
+            if pair[0] <= last[0][1]:
+                found.add(max(pattern, last[1], key=lambda one: (one.startswith("(?:"), len(one))))
+            last = max(last, (pair, pattern), key=lambda one: one[0][1])
+        return {pattern for pattern in found if pattern.startswith("(?:")}
 
     def _write(self, node: Node) -> str:
         whole = self._lexeme(node)
@@ -193,37 +209,38 @@ class _Writer:
                 return f"({' | '.join(map(self._write, choices))})"
             case Repeat(part, low, high):
                 return f"({self._write(part)}){_times(low, high)}"
+            case Seq(parts) if all(isinstance(part, Chars) for part in parts):
+                return " ".join(map(self._write, parts)) or '""'
             case Seq(parts):
-                return " ".join(self._runs(_flat(parts))) or '""'
+                return " ".join(self._runs(parts))
         raise TypeError(node)
 
     def _runs(self, parts: tuple[Node, ...]) -> Iterator[str]:
         """Write parts, as many together as make a lexeme."""
         start = 0
         while start < len(parts):
-            for end in range(len(parts), start + 1, -1):
-                run = self._lexeme(Seq(parts[start:end])) if (start, end) != (0, len(parts)) else ""
+            for end in range(min(len(parts), start + RUN), start, -1):
+                run = self._lexeme(Seq(parts[start:end])) if end > start + 1 else self._write(parts[start])
                 if run:
                     break
-            else:
-                run, end = self._write(parts[start]), start + 1
             yield run
             start = end
 
     def _lexeme(self, node: Node) -> str:
         """Write a part as a lexeme, if it can be one."""
-        try:
-            plain = _inlined(node, self.rules)
-            pattern = _class(plain.ranges) if isinstance(plain, Chars) else f"(?:{_pattern(plain)})"
-        except (TooLarge, RecursionError):
-            return ""
-        first = None if pattern in self.refused else _first_of_lexeme(plain)
-        if first is None:
+        if node not in self.known:
+            self.known[node] = self._as_lexeme(node)
+        pattern, first = self.known[node]
+        if not first or pattern in self.refused:
             return ""
         self.lexemes[pattern] = first
         return f"/{pattern}/"
 
-
-def _flat(parts: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Parts, with those of sequences within them in their place."""
-    return tuple(one for part in parts for one in (_flat(part.parts) if isinstance(part, Seq) else (part,)))
+    def _as_lexeme(self, node: Node) -> tuple[str, tuple[tuple[int, int], ...] | None]:
+        """A part as a regular expression, and the characters it begins with; None if it is no lexeme."""
+        try:
+            plain = _inlined(node, self.rules, self.sizes, MOST)
+            pattern = _class(plain.ranges) if isinstance(plain, Chars) else f"(?:{_pattern(plain)})"
+        except (TooLarge, RecursionError):
+            return "", None
+        return pattern, _first_of_lexeme(plain)
