@@ -68,6 +68,12 @@ class Strict:
         ("/a/b.py:bits=4", ("/a/b.py", {"bits": "4"})),
         (r"C:\a\b.py:Mine:x=1", (r"C:\a\b.py:Mine", {"x": "1"})),
         ("a:", ("a", {})),
+        ("a:x=[1,[2,3]],y", ("a", {"x": "[1,[2,3]]", "y": "true"})),
+        ('a:x={"b":[1,2],"c":{}},y=1', ("a", {"x": '{"b":[1,2],"c":{}}', "y": "1"})),
+        ('a:x=b "," c,y=1', ("a", {"x": 'b "," c', "y": "1"})),
+        (r'a:x="b\d{1,2},\"",y="1', ("a", {"x": r'b\d{1,2},"', "y": '"1'})),
+        ("a:x=b]],y={1", ("a", {"x": "b]]", "y": "{1"})),
+        ("a:x=b\nc,y=[^:]+\\.py", ("a", {"x": "b\nc", "y": "[^:]+\\.py"})),
     ],
 )
 def test_a_plugin_as_text(text, parsed):
@@ -310,6 +316,17 @@ def test_objects_and_texts_mix_and_names_must_differ(tmp_path):
     (tmp_path / "a.py").write_text(FILE.format(name="Sees"))
     with pytest.raises(PluginError, match="two plugins are called sees; give one of them another name"):
         load([Sees(), f"{tmp_path}/a.py"])
+
+
+def test_a_pair_is_a_name_with_values_as_they_are(tmp_path):
+    pm = load([("stop-loop", {"times": 9}), ("budget", {"closing": "a,b"})])
+    assert pm.get_plugin("stop-loop").times == 9 and pm.get_plugin("budget").closing == "a,b"
+    profile = tmp_path / "p.toml"
+    profile.write_text("[plugins.stop-loop]\ntimes = 3\nspan = 7\n")
+    made = load([("stop-loop", {"times": 9})], profile).get_plugin("stop-loop")
+    assert (made.times, made.span) == (9, 7)
+    with pytest.raises(PluginError, match="stop-loop has no option 'time'; did you mean 'times'?"):
+        load([("stop-loop", {"time": 9})])
 
 
 # -- profiles --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ KINDS = ("gbnf", "json_schema", "regex", "lark")
 OPTIONS = '%llguidance {"no_forcing": true}\n'
 # As in llama.cpp's grammars: models that like blanks would write them without end.
 BLANKS = {"whitespace_pattern": r"( |\n[ \t]{0,20})?"}
+
+_PLACE = re.compile(r"^at \d+\(\d+\): ")  # in what was written of it
 
 
 def one_of(options: dict[str, Any]) -> tuple[str, str] | None:
@@ -50,7 +53,7 @@ def read(path: Path, kind: str | None) -> tuple[str, str]:
 def lark_of(kind: str, text: str) -> str:
     """Return a grammar in llguidance's notation; ValueError says what is wrong with it."""
     try:
-        made = OPTIONS + WRITTEN[kind](text)
+        made = f"{WRITTEN[kind](text)}\n{OPTIONS}"
     except RecursionError:
         raise ValueError(f"the {kind} is nested too deeply") from None
     except ValueError as error:
@@ -59,7 +62,8 @@ def lark_of(kind: str, text: str) -> str:
 
     wrong, said = LLMatcher.validate_grammar_with_warnings(made)
     if wrong:
-        raise ValueError(f"the {kind} cannot be used: {first_line(said[0])}")
+        why = first_line(said[0])
+        raise ValueError(f"the {kind} cannot be used: {why if kind == 'lark' else _PLACE.sub('', why)}")
     return made
 
 
