@@ -13,10 +13,8 @@ from math import inf
 
 from cmr_plugins.grammar.gbnf import Alt, Chars, Node, Ref, Repeat, Seq
 
-MOST, MOST_OF_ALL = (
-    2000,
-    50_000,
-)  # places for characters in one lexeme, and in an expression for all of a grammar
+MOST = 2000  # parts of one lexeme, written out, and places for characters in it
+MOST_OF_ALL = 50_000  # parts of an expression for all of a grammar
 RUN = 16  # parts of a sequence that are tried as one lexeme
 
 
