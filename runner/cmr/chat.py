@@ -89,6 +89,12 @@ def with_system(messages: list[dict], template: ChatTemplate) -> list[dict]:
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
+def writes_bos(text: str, tokenizer: Any) -> bool:
+    """Whether a conversation written as text begins with BOS itself, so that encoding must not add another."""
+    bos = tokenizer.bos
+    return bos is not None and text.startswith(tokenizer.piece(bos).decode("utf-8", "replace"))
+
+
 def chat_template(source: str, metadata: dict[str, Any], bos: str = "", eos: str = "") -> ChatTemplate:
     """Find a template by Jinja text, by a name built in here, or by a name in the model file."""
     own = metadata.get(f"tokenizer.chat_template.{source}")

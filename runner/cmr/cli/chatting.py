@@ -7,15 +7,15 @@ import json
 import sys
 from typing import Any
 
-from cmr.chat import ChatTemplate, chat_template
 from cmr.cli.answering import Writer, answer
 from cmr.cli.conversation import Conversation
 from cmr.cli.guard import INTERRUPTED
 from cmr.cli.interrupts import Interrupts
+from cmr.cli.loading import find_template
 from cmr.cli.progress import say
 from cmr.cli.summary import as_json, summary
 from cmr.cli.terminal import Typing
-from cmr.errors import CMRError, FileError, RequestError
+from cmr.errors import CMRError, RequestError
 from cmr.sequence import Sequence
 from cmr.session import Session
 
@@ -121,25 +121,3 @@ def _both(text: list[str], writer: Writer | None) -> Any:
             writer.write(piece)
 
     return write
-
-
-def find_template(args: argparse.Namespace, model: Any) -> ChatTemplate:
-    """Return the template of the flags or of the file, with the spelling of its BOS and EOS tokens."""
-    tokenizer = model.tokenizer
-    bos, eos = (
-        "" if token is None else tokenizer.piece(token).decode("utf-8", "replace")
-        for token in (tokenizer.bos, tokenizer.eos)
-    )
-    if args.chat_template is not None:
-        return chat_template(args.chat_template, model.metadata, bos, eos)
-    if args.chat_template_file is not None:
-        try:
-            with open(args.chat_template_file, encoding="utf-8") as file:
-                return ChatTemplate(file.read(), bos, eos)
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(
-                f"--chat-template-file {args.chat_template_file} cannot be read: {error}"
-            ) from None
-    if model.chat_template is None:
-        raise RequestError(f"{model.path} has no chat template; name one with --chat-template, as in chatml")
-    return ChatTemplate(model.chat_template, bos, eos)

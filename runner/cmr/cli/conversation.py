@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmr.chat import ChatTemplate, with_system
+from cmr.chat import ChatTemplate, with_system, writes_bos
 from cmr.tokenizer import Tokenizer
 
 
@@ -57,9 +57,7 @@ class Conversation:
 
     def _encode(self, text: str) -> list[int]:
         """Encode a prompt so that it begins with the tokens so far, wherever its text begins with theirs."""
-        bos = self.tokenizer.bos
-        written = bos is not None and text.startswith(self.tokenizer.piece(bos).decode("utf-8", "replace"))
-        tokens = self.tokenizer.encode(text, special=True, bos=not written)
+        tokens = self.tokenizer.encode(text, special=True, bos=not writes_bos(text, self.tokenizer))
         if tokens[: len(self._tokens)] == self._tokens or not text.startswith(self._text):
             return tokens
         # A model may spell its answer in other tokens than the tokenizer would.

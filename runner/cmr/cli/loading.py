@@ -8,9 +8,10 @@ import os
 import sys
 from typing import Any
 
+from cmr.chat import ChatTemplate, chat_template
 from cmr.cli.progress import Progress, say
 from cmr.discovery import available
-from cmr.errors import PluginError, RequestError
+from cmr.errors import FileError, PluginError, RequestError
 from cmr.gguf_file import open_gguf
 from cmr.model import Model, open_model
 from cmr.session import Session
@@ -37,7 +38,7 @@ def load(args: argparse.Namespace) -> Model:
         )
     trained = model.config.n_ctx_train
     if args.ctx_size > trained:
-        say(f"cmr-run: -c {args.ctx_size} is more than the {trained} tokens that the model was trained with")
+        say(f"-c {args.ctx_size} is more than the {trained} tokens that the model was trained with")
     if args.mlock:
         _lock(model)
     return model
@@ -50,6 +51,28 @@ def attach(args: argparse.Namespace, model: Model) -> Session:
         limits["chunk"] = min(size for size in (args.batch_size, args.ubatch_size) if size)
     spelled = [*_kv_quant(args), *(("grammar", options) for options in args.grammars)]
     return Session.open(model, [*args.plugin, *spelled], args.profile, **limits)
+
+
+def find_template(args: argparse.Namespace, model: Any) -> ChatTemplate:
+    """Return the template of the flags or of the file, with the spelling of its BOS and EOS tokens."""
+    tokenizer = model.tokenizer
+    bos, eos = (
+        "" if token is None else tokenizer.piece(token).decode("utf-8", "replace")
+        for token in (tokenizer.bos, tokenizer.eos)
+    )
+    if args.chat_template is not None:
+        return chat_template(args.chat_template, model.metadata, bos, eos)
+    if args.chat_template_file is not None:
+        try:
+            with open(args.chat_template_file, encoding="utf-8") as file:
+                return ChatTemplate(file.read(), bos, eos)
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(
+                f"--chat-template-file {args.chat_template_file} cannot be read: {error}"
+            ) from None
+    if model.chat_template is None:
+        raise RequestError(f"{model.path} has no chat template; name one with --chat-template, as in chatml")
+    return ChatTemplate(model.chat_template, bos, eos)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cmr.options import hint
 
 COMMANDS = {
     "run": ("run:run", "run a model on a prompt or chat with it; the same as cmr-run"),
+    "serve": ("serve:main", "serve a model over HTTP, as OpenAI's API and llama-server do"),
     "info": ("info:main", "show what a model file holds and what it needs"),
     "bench": ("bench:main", "measure speed, against this machine's limits, plugins and llama.cpp"),
     "eval": ("eval:main", "measure perplexity, divergence and small tasks, with plugins or without"),

@@ -195,7 +195,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Add what goes in and how much comes out."""
+    """Add what goes in and how it comes out."""
     add = parser.add_argument_group("prompt and output").add_argument
     add(
         "-p",
@@ -206,16 +206,21 @@ def prompt_options(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", metavar="FILE", help="read the prompt from a file; piped input works too")
     add("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
         help=r"read \n, \t, \xHH and their like in -p, -sys and -r; the default")  # fmt: skip
+    add("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT",
+        help="stop where the model writes this; may be repeated")  # fmt: skip
+    add("--no-display-prompt", action="store_true", help="do not show the prompt (on stderr, on a terminal)")
+    add("--verbose-prompt", action="store_true", help="show the prompt's tokens on stderr")
+    add("--json", action="store_true", help="print one JSON object with text, tokens and figures")
+
+
+def answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add how long an answer may be, and how prompts are read."""
+    add = parser.add_argument_group("answers").add_argument
     add("-n", "--predict", "--n-predict", type=whole(-1), metavar="N",
         help="tokens to write at most; -1, the default: until it ends or the context is full")  # fmt: skip
     add("-b", "--batch-size", type=whole(1), metavar="N", help="prompt tokens in one step, at most")
     add("-ub", "--ubatch-size", type=whole(1), metavar="N", help="the same; the smaller one counts")
-    add("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT",
-        help="stop where the model writes this; may be repeated")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on where the model would end")
-    add("--no-display-prompt", action="store_true", help="do not show the prompt (on stderr, on a terminal)")
-    add("--verbose-prompt", action="store_true", help="show the prompt's tokens on stderr")
-    add("--json", action="store_true", help="print one JSON object with text, tokens and figures")
 
 
 def chat_options(parser: argparse.ArgumentParser) -> None:
@@ -226,6 +231,11 @@ def chat_options(parser: argparse.ArgumentParser) -> None:
     add("-no-cnv", "--no-conversation", action="store_true", help="never chat")
     add("-st", "--single-turn", action="store_true", help="chat for one turn")
     add("-sys", "--system-prompt", metavar="TEXT", help="what the model is told before the first message")
+
+
+def template_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a conversation is written as a prompt."""
+    add = parser.add_argument_group("chat template").add_argument
     add("--chat-template", metavar="NAME|JINJA", help="use this template instead of the file's")
     add("--chat-template-file", metavar="FILE", help="read the template from a file")
     add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
@@ -250,13 +260,13 @@ def plugin_options(parser: argparse.ArgumentParser) -> None:
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help="spelling of --plugin kv-quant:v=TYPE")
 
 
-def refuse_unmet(args: argparse.Namespace) -> None:
-    """Refuse what is known and cannot be honoured, before a file is opened."""
+def settle_model(args: argparse.Namespace, example: str) -> None:
+    """Settle which file is meant, and refuse flags of the model that contradict each other."""
     if args.model and args.model_flag and args.model != args.model_flag:
         raise RequestError(f"two models were given, {args.model} and {args.model_flag}; choose one")
     args.model = args.model or args.model_flag
     if not args.model:
-        raise RequestError('a model is needed, as in: cmr-run model.gguf -p "Once upon a time"')
+        raise RequestError(f"a model is needed, as in: {example}")
     if args.gpu_layers is not None and (args.gpu_layers > 0) != (args.device == "cuda"):
         raise RequestError(
             f"{_layers(args.gpu_layers)} contradicts --device {args.device}: all layers run on one device, "
@@ -264,6 +274,11 @@ def refuse_unmet(args: argparse.Namespace) -> None:
         )
     if args.rope_scale is not None and args.rope_scaling in (None, "none"):
         raise RequestError("--rope-scale needs --rope-scaling linear or yarn")
+
+
+def refuse_unmet(args: argparse.Namespace) -> None:
+    """Refuse what `cmr-run` knows and cannot honour, before a file is opened."""
+    settle_model(args, 'cmr-run model.gguf -p "Once upon a time"')
     if args.no_conversation and (args.chat or args.single_turn or args.system_prompt):
         raise RequestError("--no-conversation contradicts the chat flags beside it")
     if len(args.grammars) > 1:

@@ -15,7 +15,7 @@ from cmr.cli.guard import INTERRUPTED, guarded
 from cmr.cli.interrupts import Interrupts
 from cmr.cli.loading import attach, load
 from cmr.cli.progress import say
-from cmr.cli.sampling_flags import sampling_options, sampling_words
+from cmr.cli.sampling_flags import answer_words, sampling_options
 from cmr.cli.summary import as_json, summary
 from cmr.cli.version import version
 from cmr.errors import FileError, RequestError
@@ -39,8 +39,10 @@ def parser() -> options.Parser:
     for add in (
         options.model_options,
         options.prompt_options,
+        options.answer_options,
         sampling_options,
         options.chat_options,
+        options.template_options,
         options.plugin_options,
     ):
         add(made)
@@ -53,7 +55,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     args = parser().parse(argv)
     options.refuse_unmet(args)
     unescape(args)
-    wanted = request_words(args)
+    wanted = answer_words(args)
+    if args.reverse_prompt:
+        wanted["stop"] = tuple(args.reverse_prompt)
     prompt = read_prompt(args)
     model = load(args)
     try:
@@ -68,18 +72,6 @@ def run(argv: Sequence[str] | None = None) -> int:
             return complete(args, session, prompt or "", wanted)
     finally:
         model.close()
-
-
-def request_words(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect what the flags say about each answer; the rest is left to the profile and the defaults."""
-    words = sampling_words(args)
-    if args.predict is not None:
-        words["max_tokens"] = args.predict
-    if args.reverse_prompt:
-        words["stop"] = tuple(args.reverse_prompt)
-    if args.ignore_eos:
-        words["ignore_eos"] = True
-    return words
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:

@@ -66,6 +66,16 @@ def sampling_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def answer_words(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what the flags say about each answer; the rest is left to the profile and the defaults."""
+    words = sampling_words(args)
+    if args.predict is not None:
+        words["max_tokens"] = args.predict
+    if args.ignore_eos:
+        words["ignore_eos"] = True
+    return words
+
+
 def sampling_words(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the fields of SamplerSettings that flags gave; RequestError where one would have no effect."""
     flags = {name: flag.split()[0] for name, flag, _ in FLAGS}
