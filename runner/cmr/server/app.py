@@ -246,11 +246,14 @@ class EventStream(Response):
                 pass
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for frames in self.reply.frames():
+        async def pass_on(**message: Any) -> None:
             async with asyncio.timeout(STALLED):
-                await send({"type": "http.response.body", "body": frames, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send(message)
+
+        await pass_on(type="http.response.start", status=200, headers=self.raw_headers)
+        async for frames in self.reply.frames():
+            await pass_on(type="http.response.body", body=frames, more_body=True)
+        await pass_on(type="http.response.body", body=b"", more_body=False)
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:

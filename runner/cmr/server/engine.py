@@ -133,9 +133,11 @@ class Engine:
     def _run(self) -> None:
         fault: CMRError = _closing()
         try:
-            while not self._closing:
+            while True:
                 while not self._orders.empty():
                     self._orders.get()()
+                if self._closing:
+                    break
                 if self._jobs:
                     self._step()
                 else:

@@ -89,6 +89,10 @@ async def read_json(request: Request) -> Any:
             raise Refusal(f"the body is longer than {BODY >> 20} MiB, which is the most", 413)
         parts.append(part)
     try:
-        return json.loads(b"".join(parts))
+        return json.loads(b"".join(parts), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the body is not JSON: {error}") from None
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number there")
