@@ -98,7 +98,11 @@ WRONG = {
     "two grammars": ({"grammar": "root ::= [a]", "json_schema": {}}, "give one of them"),
     "format": ({"response_format": {"type": "yaml"}}, "response_format has no type 'yaml'"),
     "schema": ({"response_format": {"type": "json_schema"}}, "response_format wants"),
-    "grammar": ({"grammar": "root ::= [a]"}, "no plugin 'grammar'"),
+    "grammar": ({"grammar": "root ::= [a]"}, "start the server with --plugin grammar"),
+    "format without": (
+        {"response_format": {"type": "json_object"}},
+        "start the server with --plugin grammar",
+    ),
 }
 
 
@@ -149,7 +153,7 @@ class Told:
     """A plugin that notes what requests tell it."""
 
     exact = True
-    told = ("grammar", "json_schema")
+    told = ("gbnf", "json_schema")
 
     def __init__(self):
         self.heard = []
@@ -166,7 +170,7 @@ class Grammar(Told):
 def test_what_an_answer_may_be_is_told_to_the_plugin():
     plugin, schema = Grammar(), {"type": "object", "properties": {"b": {}, "a": {}}}
     asked = [
-        ({"grammar": "root ::= [a]"}, {"grammar": "root ::= [a]"}),
+        ({"grammar": "root ::= [a]"}, {"gbnf": "root ::= [a]"}),
         ({"json_schema": schema}, {"json_schema": schema}),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
          {"json_schema": schema}),

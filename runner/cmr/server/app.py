@@ -96,7 +96,7 @@ class Paths:
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
         ]
-        self.paths = [route.path for route in routes]
+        self.paths = [route.path for route in routes if "{" not in route.path]
         gates = [Middleware(Log, tally=self.engine.tally, paths=self.paths, say=settings.log)]
         if settings.origins:
             headers = ["Authorization", "Content-Type"]
@@ -143,6 +143,11 @@ class Paths:
     ) -> Response:
         """Compute answers, as a stream or whole; a client that goes away ends them."""
         name = self._named(wanted.model)
+        for plugin in wanted.options.get("plugins", {}):
+            if plugin not in self.engine.session.plan.plugins:
+                raise RequestError(
+                    f"what an answer may be is up to the plugin {plugin}; start the server with --plugin {plugin}"
+                )
         ids = await asyncio.to_thread(prompts, wanted.body)
         reply = Reply(self.engine, ids, wanted, kind(name, self.mark, wanted.usage))
         try:

@@ -200,7 +200,7 @@ def _grammar(words: dict[str, Any]) -> dict[str, Any]:
     """Return what the plugin `grammar` is told, from whichever of the three words is there."""
     told = []
     if "grammar" in words:
-        told.append({"grammar": _of(str, words["grammar"], "grammar", "a grammar's text")})
+        told.append({"gbnf": _of(str, words["grammar"], "grammar", "a grammar's text")})
     if "json_schema" in words:
         told.append({"json_schema": _of(dict, words["json_schema"], "json_schema", "a JSON schema")})
     format = _of(dict, words.get("response_format", {}), "response_format", "an object")
