@@ -182,3 +182,28 @@ def test_what_an_answer_may_be_is_told_to_the_plugin():
         for body, _ in asked:
             assert served.complete(prompt="a", max_tokens=1, **body).status_code == 200
     assert plugin.heard == [told for _, told in asked]
+
+
+ODD = (True, False, 0, -1, 1, 2.5, 1e308, 10**30, "", "x", "1", [], [[]], [1], ["x"], [[1, 2], [3, None]], {}, {"x": 1},
+       {"1": "x"}, {"type": []})  # fmt: skip
+
+
+def test_no_value_of_any_word_is_a_fault_of_the_server(served):
+    user = [{"role": "user", "content": "hi"}]
+    asked = [
+        (path, base | {word: value})
+        for path, words, base in (
+            ("/v1/completions", COMPLETION, {"prompt": "a", "max_tokens": 1}),
+            ("/v1/chat/completions", CHAT, {"messages": user, "max_tokens": 1}),
+        )
+        for word in sorted(words | set(REFUSED))
+        for value in ODD
+    ]
+    asked += [("/v1/chat/completions", {"messages": [user[0] | {word: value}], "max_tokens": 1})
+              for word in ("role", "content", "name", "tool_calls", "reasoning_content") for value in ODD]  # fmt: skip
+    asked += [(path, {word: value}) for path, word in (("/tokenize", "content"), ("/detokenize", "tokens"))
+              for value in ODD]  # fmt: skip
+    answers = [answer for at in range(0, len(asked), 16) for answer in served.send(*asked[at : at + 16])]
+    assert len(answers) == len(asked) > 1000
+    assert [sent for sent, answer in zip(asked, answers) if answer.status_code not in (200, 400, 404)] == []
+    assert served.said == []
