@@ -12,9 +12,10 @@ from cmr.cli import options
 from cmr.cli.loading import attach, find_template, load
 from cmr.cli.progress import CompileNotice, Progress, say
 from cmr.cli.sampling_flags import answer_words, sampling_options
-from cmr.discovery import describe, parse, read_profile
+from cmr.discovery import describe, parse
 from cmr.errors import CMRError, FileError, PluginError, RequestError
 from cmr.plan import explain
+from cmr.profiles import read_profile
 
 NEEDED = ("starlette", "uvicorn")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
