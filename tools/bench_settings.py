@@ -24,6 +24,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "budget=128,policy=snapkv",
     ),
     "kv-quant": ("bits=8", "bits=4"),
+    "grammar": (),  # which needs one
     "kv-window": (),  # for models whose layers have windows
     "layer-stream": ("budget=50%",),
     "spec-draft": ("model={models}/nano-q8_0.gguf",),
