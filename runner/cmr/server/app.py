@@ -240,7 +240,7 @@ class EventStream(Response):
         super().__init__()
         self.reply = reply
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+        self.head = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
@@ -255,7 +255,7 @@ class EventStream(Response):
             async with asyncio.timeout(STALLED):
                 await send(message)
 
-        await pass_on(type="http.response.start", status=200, headers=self.raw_headers)
+        await pass_on(type="http.response.start", status=200, headers=self.head)
         async for frames in self.reply.frames():
             await pass_on(type="http.response.body", body=frames, more_body=True)
         await pass_on(type="http.response.body", body=b"", more_body=False)
