@@ -56,7 +56,7 @@ class LayerStream:
         source.start(session.plan.layers)
         disk, compute = source.files.nbytes / source.files.seconds, _compute_rate(session, source)
         streamed = sum(unit.nbytes for unit in source.order)
-        self.predicted = 1 / max(streamed / disk, (streamed + source.kept_bytes) / compute)
+        self.predicted = 1 / max(streamed / disk, source.used_bytes(session.plan.layers) / compute)
         sys.stderr.write(
             f"layer-stream: {_mb(source.kept_bytes)} stay in memory, {_mb(streamed)} are read for each step "
             f"at {_mb(disk)}/s: about {self.predicted:.3g} tok/s\n"
@@ -101,6 +101,10 @@ class Source:
         """The bytes of weights in memory: what is kept, and the buffers for the rest."""
         every = (*self.units, *self.pieces)
         return self.fixed + sum(u.size for u in self.kept) + SLOTS * max(u.size for u in every)
+
+    def used_bytes(self, layers: Any) -> int:
+        """The bytes that a generated token is multiplied by: of experts, those that it chooses."""
+        return sum(self.layers[layer].nbytes for layer in layers) + self.plain.output[0][0].nbytes
 
     def start(self, layers: Any) -> None:
         """Read what is kept, and begin to read the rest of these layers in their order."""
@@ -284,7 +288,7 @@ def _slice(bias: Any, start: int, stop: int) -> Any:
 
 
 def _compute_rate(session: Any, source: Source) -> float:
-    """Bytes of weights a second that a generated token goes through where they need not be read first."""
+    """Bytes of weights a second that a generated token is multiplied by where they need not be read first."""
     layer = next(
         (i for i in session.plan.layers if source.units[i] in source._memory), session.plan.layers[0]
     )

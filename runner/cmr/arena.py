@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from cmr.shapes import qkv_rows
 # Views are remembered for so many row ranges; a decoding batch needs one range for each of its sequences.
 MAX_VIEWS = 4096
 AMPLE = 16  # rows of logits come in so many, as steps that are recorded rely on where they lie
+_STATES = count()
 
 Heads = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -24,7 +26,8 @@ class Arena:
     `hidden` is the residual stream, `qkv` queries, keys and values side by side, `mixed` what attention
     gives, `inner` the inside of the feed-forward part, `spare` a branch that a norm waits for, `last` the
     rows whose `logits` count. `choices` are logits of experts, `routes` who chose which, where there are experts.
-    `tokens` and `pos` are int64 and int32 [rows].
+    `tokens` and `pos` are int64 and int32 [rows]. `state` is another number whenever buffers are other ones, even where
+    they lie at the addresses of some that are gone.
     """
 
     def __init__(self, ops: Ops, config: Config, rows: int) -> None:
@@ -37,6 +40,7 @@ class Arena:
         self.choices: Any = ops.buffer(rows, router.experts) if router else None
         self.routes: Any = cast(Experts, ops).routes(rows, router) if router else None
         self.tokens, self.pos = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
+        self.state = next(_STATES)
         self._views: dict[tuple[int, int, int, int], Heads] = {}
 
     @property
@@ -52,11 +56,7 @@ class Arena:
             rows = -(-rows // AMPLE) * AMPLE
             self.last = self.ops.buffer(rows, self.config.n_embd)
             self.logits = self.ops.buffer(rows, self.config.n_vocab)
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Where the buffers that are ever replaced lie."""
-        return (self.hidden.addr, self.logits.addr)
+            self.state = next(_STATES)
 
     def rows_of_logits(self, parts: Any) -> list[np.ndarray]:
         """Return views of the logits, float32 [part.want, n_vocab] for each part."""

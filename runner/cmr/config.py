@@ -18,6 +18,7 @@ from cmr.router import Router
 
 # 0: not said; 1: a softmax over all experts; 3: one over the chosen. llama.cpp's llama_expert_gating_func_type.
 _SOFTMAXES = (0, 1, 3)
+_OF_CHOSEN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,6 @@ def read_config(
         raise ModelError(f"a context of {context} tokens is not possible; at least 1 is needed")
     n_ctx = context or n_ctx_train
     routed = frozenset(i for i in range(n_layers) if f"blk.{i}.ffn_gate_inp.weight" in file.tensors)
-    router = _router(keys, quirks)
-    if routed and router is None:
-        raise keys.fail("expert_count", f"is missing, but layer {min(routed)} chooses among experts")
     sizes = _sizes(keys, n_layers, routed)
     windows = _windows(keys, quirks, n_layers)
     config = Config(
@@ -119,7 +117,7 @@ def read_config(
         norm_tensors=dict(quirks.norm_tensors),
         parallel_residual=quirks.norms == ("attn_norm",) and _norms_once(file.tensors),
         attn_temperature=_temperature(keys, n_ctx_train),
-        router=router,
+        router=_router(keys, quirks) if routed else None,
         routed=routed,
         sink_logits=tuple(_sinks(file.tensors, layer, sizes["n_heads"][layer]) for layer in range(n_layers)),
     )
@@ -127,18 +125,16 @@ def read_config(
     return config
 
 
-def _router(keys: Metadata, quirks: Quirks) -> Router | None:
-    """How rows choose among experts, or None in a dense model."""
-    experts = keys.integer("expert_count", 0, low=0, high=1 << 16)
-    if not experts:
-        return None
+def _router(keys: Metadata, quirks: Quirks) -> Router:
+    """How rows choose among experts."""
+    experts = keys.integer("expert_count", high=1 << 16)
     used = keys.integer("expert_used_count", high=experts)
     gating, groups = (keys.integer(f"expert_{name}", 0, low=0) for name in ("gating_func", "group_count"))
     if gating not in _SOFTMAXES:
         raise keys.fail("expert_gating_func", f"is {gating}, which is no softmax; only those are supported")
     if groups > 1:
         raise keys.fail("expert_group_count", f"is {groups}; experts in groups are not supported")
-    normalized = keys.flag("expert_weights_norm", quirks.experts_normalized)
+    normalized = keys.flag("expert_weights_norm", quirks.experts_normalized) or gating == _OF_CHOSEN
     scale = keys.number("expert_weights_scale", 0.0) or 1.0
     return Router(experts, used, normalized, scale)
 

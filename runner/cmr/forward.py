@@ -59,7 +59,7 @@ class Forward:
         try:
             with self.ops.ahead():
                 self._replay.run(
-                    plan, step, arena.addresses, lambda place: self._layers(plan, step, arena, place)
+                    plan, step, arena.state, lambda place: self._layers(plan, step, arena, place)
                 )
         finally:
             self._release(step)

@@ -94,12 +94,13 @@ class Replay:
         self.ops = ops
         self._recording: Recording | None = None
 
-    def run(self, plan: Any, step: Any, addresses: tuple[int, ...], body: Callable[[int], None]) -> None:
+    def run(self, plan: Any, step: Any, state: int, body: Callable[[int], None]) -> None:
         """Run a step's layers and logits as recorded, or by body(0), which is recorded where that can be.
 
+        `state` numbers the buffers that body uses, as a recording serves only those that it was made with.
         body(place) goes on the ordinary way from a place of plan.layers, or with the logits behind the last.
         """
-        shape = self._shape(step, addresses)
+        shape = self._shape(step, state)
         if shape is None:
             body(0)
             return
@@ -116,11 +117,11 @@ class Replay:
         if len(latest) > KEPT:
             del latest[next(iter(latest))]
 
-    def _shape(self, step: Any, addresses: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _shape(self, step: Any, state: int) -> tuple[int, ...] | None:
         """What must be the same for a step to be run again; None for steps that are not recorded."""
         if step.n_prompt or not self.ops.replays:
             return None
-        wanted, shape = 0, list(addresses)
+        wanted, shape = 0, [state]
         for part in step.parts:
             wanted += part.want
             shape.append(len(part.tokens))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pluggy
 
 from cmr import hookspecs
@@ -163,6 +164,7 @@ class _Asking:
         owner = self.owner("attention")
         self._check_kind(owner, "attention", layer)
         if isinstance(answer, AttnRule):
+            _check_sinks(answer.sink_logits, owner, self.model.config.n_heads[layer])
             sinks = own.sink_logits if answer.sink_logits is None else answer.sink_logits
             whole = replace(
                 answer,
@@ -252,6 +254,18 @@ def _check_owners(pm: pluggy.PluginManager) -> None:
         names = [impl.plugin_name for impl in impls if not _wraps(impl)]
         if len(names) > 1:
             raise PluginError(f"{' and '.join(names)} both provide {hook}; choose one")
+
+
+def _check_sinks(logits: Any, owner: str, heads: int) -> None:
+    """Refuse logits of no slot that kernels, which read them by address, would misread."""
+    if logits is None:
+        return
+    if not (isinstance(logits, np.ndarray) and logits.dtype == np.float32 and logits.flags.c_contiguous):
+        raise PluginError(f"{owner} returned a rule with sink_logits that are no contiguous array of float32")
+    if logits.shape != (heads,):
+        raise PluginError(
+            f"{owner} returned a rule with sink_logits {list(logits.shape)}; [{heads}] is needed"
+        )
 
 
 def _bytes_at(cache: Any, tokens: int) -> int:

@@ -50,8 +50,8 @@ def check_tensors(config: Config, tensors: Mapping[str, Tensor]) -> None:
     for layer in range(config.n_layers):
         prefix = f"blk.{layer}."
         shapes = _layer_shapes(config, layer, f"{prefix}ffn_gate.weight" not in tensors)
-        _check(tensors, prefix, shapes, _required(config, layer, f"{prefix}attn_qkv.weight" in tensors))
         _refuse_foreign(config, groups.pop(layer, []), prefix, shapes)
+        _check(tensors, prefix, shapes, _required(config, layer, f"{prefix}attn_qkv.weight" in tensors))
     for names in groups.values():
         _refuse_foreign(config, names, "", {})
 
@@ -69,7 +69,7 @@ def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
         "attn_q_norm": [(dim,), (heads, dim), (heads * dim,)],
         "attn_k_norm": [(dim,), (kv_heads, dim), (kv_heads * dim,)],
     }
-    shapes |= {name: [(n_embd,)] for name in BLOCK_NORMS}
+    shapes |= {config.norm_tensors.get(name, name): [(n_embd,)] for name in BLOCK_NORMS}
     if layer not in config.routed or config.router is None:
         up = 2 * n_ff if fused_up else n_ff
         return shapes | {"ffn_gate": [(n_ff, n_embd)], "ffn_up": [(up, n_embd)], "ffn_down": [(n_embd, n_ff)]}

@@ -1,6 +1,7 @@
 """What a file says about its model, what the architecture adds, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,9 +212,12 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("expert_count", None, "expert_count is missing, but layer 0 chooses among experts"),
+        ("expert_count", None, "expert_count is missing"),
         ("expert_used_count", None, "expert_used_count is missing"),
         ("expert_used_count", 21, "expert_used_count is 21; a whole number from 1 to 20"),
+        ("expert_used_count", 0, "expert_used_count is 0; a whole number from 1 to 20"),
+        ("expert_count", 0, "expert_count is 0; a whole number from 1 to 65536"),
+        ("expert_count", 1 << 31, "expert_count is 2147483648; a whole number from 1 to 65536"),
         ("expert_gating_func", 2, "expert_gating_func is 2, which is no softmax; only those are supported"),
         ("expert_group_count", 4, "expert_group_count is 4; experts in groups are not supported"),
     ],
@@ -225,6 +229,17 @@ def test_experts_that_cannot_be_chosen_are_refused(tmp_path, key, value, message
         file.metadata[f"qwen3moe.{key}"] = value
     with pytest.raises(ModelError, match=message):
         read_config(file)
+
+
+def test_a_dense_file_that_counts_experts_is_dense(config_of):
+    config = config_of(Recipe(meta={"expert_count": 8, "expert_used_count": 2}))
+    assert config.router is None and not config.routed and not config.features
+
+
+def test_a_softmax_over_the_chosen_is_normalized_whatever_else_is_said(config_of):
+    for gating, normalized in ((0, False), (1, False), (3, True)):
+        meta = {"expert_gating_func": gating, "expert_weights_norm": False}
+        assert config_of(replace(RECIPES["olmoe"], meta=meta)).router.normalized is normalized
 
 
 def test_layers_of_experts_are_told_by_their_tensors(config_of):
@@ -272,18 +287,49 @@ def test_a_vocabulary_without_weights_is_no_model(tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        check_changed(tmp_path, Recipe(), change)
+
+
+def check_changed(folder, recipe, change):
+    """Read a model of which tensors are left out, or made of another shape."""
     from tests.models import _Maker
 
-    maker = _Maker(Recipe(), np.random.default_rng(0))
+    maker = _Maker(recipe, np.random.default_rng(0))
     tensors = maker.tensors()
     for name, shape in change.items():
         if shape is None:
             del tensors[name]
         else:
             tensors[name] = np.ones(shape, np.float32)
-    file = open_gguf(write_gguf(tmp_path / "m.gguf", maker.metadata(), tensors))
+    file = open_gguf(write_gguf(folder / "m.gguf", maker.metadata(), tensors))
+    Weights(open_ops("portable"), read_config(file), file.tensors)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "shape", "message"),
+    [
+        ("qwen3moe", "ffn_gate_exps", None, "the tensor blk.0.ffn_gate_exps.weight is missing"),
+        ("qwen3moe", "ffn_gate_exps", (19, 32, 64), "ffn_gate_exps.weight is 19 x 32 x 64; 20 x 32 x 64 is"),
+        ("qwen3moe", "ffn_down_exps", (20, 64, 16), "ffn_down_exps.weight is 20 x 64 x 16; 20 x 64 x 32 is"),
+        ("qwen3moe", "ffn_up_exps", (640, 64), "ffn_up_exps.weight is 640 x 64; 20 x 32 x 64 is needed"),
+        ("qwen3moe", "ffn_gate_inp", (21, 64), "ffn_gate_inp.weight is 21 x 64; 20 x 64 is needed"),
+        ("qwen3moe", "ffn_up_shexp", (32, 64), "blk.0.ffn_up_shexp.weight has no place in a model"),
+        ("qwen3moe", "ffn_up", (96, 64), "blk.0.ffn_up.weight has no place in a model"),
+        ("gpt-oss", "ffn_norm", (64,), "blk.0.ffn_norm.weight has no place in a model"),
+    ],
+)
+def test_tensors_of_experts_that_do_not_fit_are_named(tmp_path, arch, name, shape, message):
     with pytest.raises(ModelError, match=message):
-        Weights(open_ops("portable"), read_config(file), file.tensors)
+        check_changed(tmp_path, RECIPES[arch], {f"blk.0.{name}.weight": shape})
+
+
+def test_what_stands_for_a_missing_tensor_is_named_instead_of_it(tmp_path):
+    fused = {"blk.0.ffn_gate_exps.weight": None, "blk.0.ffn_gate_up_exps.weight": (20, 64, 64)}
+    with pytest.raises(
+        ModelError, match=r"blk.0.ffn_gate_up_exps.weight has no place in a model of .*qwen3moe"
+    ):
+        check_changed(tmp_path, RECIPES["qwen3moe"], fused)
 
 
 def test_unsupported_tensor_types_are_named(tmp_path):

@@ -11,9 +11,11 @@ from tests.models import RECIPES, VOCAB, Recipe, write_model
 from tests.reference import Reference
 
 from cmr import open_model
+from cmr.arena import Arena, arena_bytes
 from cmr.errors import CMRError, ModelError, RequestError
 from cmr.model import plain_plan
 from cmr.quants import FORMATS
+from cmr.sequence import Step
 from cmr.weights import build_layer
 
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 41).astype(np.int32)
@@ -160,6 +162,40 @@ def test_buffers_are_made_once(model_of):
     assert model._pass._arena is arena
     after = [arena.hidden.addr, arena.qkv.addr, arena.logits.addr, arena.heads(0, slice(0, 1))[0]]
     assert all(a is b or a == b for a, b in zip(before, after, strict=True))
+
+
+def test_a_step_recorded_on_buffers_that_are_gone_is_not_run_on_others(model_of):
+    """Where new buffers lie at the addresses of old ones in part, the rest of them lie elsewhere."""
+    model = model_of("qwen3moe")
+    if not model.ops.replays:
+        pytest.skip("no steps are recorded")
+    plan, seq = plain_plan(model), new_sequence(model, TOKENS)
+    for index in range(4):
+        model.forward(plan, Step([part_of(seq, index, index + 1, False)]))
+    assert plan.recorded
+    old = model._pass._arena
+    made = model._pass._arena = Arena(model.ops, model.config, old.rows)
+    made.hidden, made.last, made.logits = old.hidden, old.last, old.logits
+    for buffer in (made.qkv, made.inner):
+        buffer.array[0] = np.nan
+    model.forward(plan, Step([part_of(seq, 4, 5, False)]))
+    assert np.isfinite(made.qkv.array[0]).all() and np.isfinite(made.inner.array[0]).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "granitemoe", "sizes-by-layer"])
+def test_activation_memory_is_foretold(model_of, name):
+    model = model_of(name)
+    for rows in (1, 512):
+        arena = Arena(model.ops, model.config, rows)
+        arena.want(1)
+        held = [
+            getattr(arena, name)
+            for name in ("hidden", "qkv", "mixed", "inner", "spare", "last", "logits", "choices")
+        ]
+        sizes = [buffer.array.nbytes for buffer in held if buffer]
+        if arena.routes:
+            sizes += [array.nbytes for array in vars(arena.routes).values() if isinstance(array, np.ndarray)]
+        assert sum(sizes) == arena.nbytes == arena_bytes(model.config, rows)
 
 
 def test_activation_memory_is_known(model_of):

@@ -49,6 +49,19 @@ class Untouchable(ToyModel):
         (owner(kv_cache=lambda self: LayerCache), "mine: the cache of layer 0 cannot be made: TypeError"),
         (owner(attention="all"), "mine returned 'all' from attention for layer 0; it returns an AttnRule or"),
         (
+            owner(attention=AttnRule(sink_logits=[1.0] * 4)),
+            "mine returned a rule with sink_logits that are no",
+        ),
+        (owner(attention=AttnRule(sink_logits=np.ones(4))), "no contiguous array of float32"),
+        (
+            owner(attention=AttnRule(sink_logits=np.ones(8, np.float32)[::2])),
+            "no contiguous array of float32",
+        ),
+        (
+            owner(attention=AttnRule(sink_logits=np.ones(3, np.float32))),
+            r"mine returned a rule with sink_logits \[3\]; \[4\] is needed",
+        ),
+        (
             owner(attention=lambda self: lambda query: 0),
             "mine: attend has no argument 'query'; there are: q, cache",
         ),
@@ -170,6 +183,18 @@ def test_a_rule_keeps_what_it_does_not_say_from_the_model():
     assert {attend.__self__ for attend in plan.attend} == {AttnRule(4, 2, 30.0, 0.5)}
     plan = Session.open(Capped()).plan
     assert {attend.__self__ for attend in plan.attend} == {AttnRule(9, 0, 30.0, 0.5)}
+
+
+def test_a_rule_keeps_the_logits_of_no_slot_unless_it_has_its_own():
+    logits, none = np.arange(4, dtype=np.float32), np.full(4, -np.inf, np.float32)
+
+    class Sinking(ToyModel):
+        def rule(self, layer):
+            return AttnRule(sink_logits=logits)
+
+    for given, wanted in ((None, logits), (none, none)):
+        plan = Session.open(Sinking(), [owner(attention=AttnRule(window=4, sink_logits=given))()]).plan
+        assert all(attend.__self__.sink_logits is wanted for attend in plan.attend)
 
 
 # -- failures while it runs: the message names the plugin, the session goes on --

@@ -149,6 +149,17 @@ def test_what_is_foreseen_is_said_first_and_reported(stream, capsys):
     assert report["resident_bytes"] == source.resident_bytes
 
 
+def test_of_experts_those_that_a_token_chooses_are_foreseen(tmp_path, device, monkeypatch):
+    monkeypatch.setattr("cmr_plugins.layer_stream._compute_rate", lambda *_: 1e3)  # no disk is as slow
+    path = write_model(tmp_path / "m.gguf", Recipe(layers=9, experts=(8, 2), type="Q8_0"))
+    model = open_model(path, device=device)
+    with Session.open(model, ["layer-stream:budget=70%"]) as session:
+        read = {name: t for name, t in model.file.tensors.items() if len(t.shape) > 1 and "token" not in name}
+        used = sum(t.nbytes / (4 if "_exps" in name else 1) for name, t in read.items())
+        assert session.report()["layer-stream"]["predicted_tps"] == pytest.approx(1e3 / used)
+    model.close()
+
+
 def test_nothing_is_read_for_an_explanation(model):
     from cmr import discovery, plan
     from cmr.resolve import resolve

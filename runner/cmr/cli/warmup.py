@@ -17,6 +17,7 @@ from cmr.errors import RequestError
 from cmr.kvcache import AttnRule, LayerCache
 from cmr.model import open_model
 from cmr.ops import open_ops
+from cmr.ops.records import Router
 from cmr.quants import FORMATS, row_bytes
 from cmr.session import Session
 
@@ -24,7 +25,7 @@ PROMPT = 48  # tokens; more than the kernels for a few rows take
 WIDTH = 256  # a whole block of every format
 HEADS = ((8, 8), (8, 4), (8, 2), (8, 1))  # queries, keys
 DIMS = (64, 80, 96, 128, 256)
-ACTIVATIONS = ("silu", "gelu")
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,10 +96,20 @@ def warm_table(ops: Any) -> None:
         ops.add_norm(x, 1, norm, x)
     for act in ACTIVATIONS:
         ops.glu(x, 1, 0, (matrix, None), (matrix, None), act, wide, norm=norms[0])
+    _warm_experts(ops, (matrix, None), x, wide)
     ops.finish_logits(x, 1, 1.0, 30.0)
     for heads, kv_heads in HEADS:
         for dim in DIMS:
             _warm_attention(ops, heads, kv_heads, dim)
+
+
+def _warm_experts(ops: Any, part: Any, x: Any, wide: Any) -> None:
+    """Let a row choose among experts and multiply it, where the table computes them."""
+    if "experts" in ops.features:
+        routes = ops.routes(1, Router(1, 1, True, 1.0))
+        ops.route(ops.buffer(1, 1), 1, 0, routes)
+        ops.glu_experts(x, 1, 0, part, part, ACTIVATIONS[0], routes, wide)
+        ops.add_experts(wide, 1, 0, part, routes, x)
 
 
 def _zeros(kind: int) -> Any:

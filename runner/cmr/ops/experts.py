@@ -52,7 +52,7 @@ class ExpertOps(ProductOps):
         room = self._spread.reach(places * (4 * padded + padded // STEP * RECORD))
         fields = (
             *self._input(x, 0, columns, n, n_prompt, norm, quantized),
-            *self._room(places if n_prompt else 0),
+            *self._room(n_prompt),
             *(address, 2, out.addr, 4 * rows, self._y.reach(places * 4 * rows), 4 * rows),
             *(self.kernel("normalize"), self.kernel("quantize"), self.kernel(f"gate:{act}")),
             *self._choice(routes, rows),
@@ -79,7 +79,7 @@ class ExpertOps(ProductOps):
         flat = Buffer(x.array, x.addr, places, columns)
         fields = (
             *self._input(flat, 0, columns, places, n_prompt * used, None, quantized),
-            *self._room(places if n_prompt else 0),
+            *self._room(n_prompt),
             *(address, 1, out.addr, 4 * out.cols, self._y.reach(places * 4 * rows), 4 * rows),
             *(self.kernel("normalize"), self.kernel("quantize")),
             *self._choice(routes, rows),

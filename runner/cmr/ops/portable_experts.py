@@ -25,7 +25,8 @@ class PortableExperts(PortablePages):
 
     def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
         experts, used, normalized, scale = routes.router
-        for row, logits in enumerate(x.array[:n, :experts].astype(np.float64)):
+        finite = np.nan_to_num(x.array[:n, :experts], nan=float(np.finfo(np.float32).min))
+        for row, logits in enumerate(finite.astype(np.float64)):
             best = np.argsort(-logits, kind="stable")[:used]
             powers = np.exp(logits - logits[best[0]])
             total = powers[best].sum() if normalized else powers.sum()

@@ -184,7 +184,10 @@ class Experts(Ops, Protocol):
         """Make room for what up to `rows` rows choose."""
 
     def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
-        """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`."""
+        """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`.
+
+        No row chooses one twice; infinities count as the largest and least float32, NaN as the least.
+        """
 
     def glu_experts(
         self,

@@ -86,6 +86,7 @@ def rows(ops, folder, few):
 
 def attention(ops, folder, few):
     rules = [AttnRule(), AttnRule(window=70, sinks=3), AttnRule(softcap=5.0, scale=0.2)]
+    rules.append(AttnRule(sink_logits=np.float32([-1, 2, 0.5, 4])))
     for heads, groups, dim in [(4, 2, 64), (3, 1, 80), (2, 2, 20)]:
         for dtype in (np.float16, np.float32):
             k, v = (np.zeros((groups, 640, dim), dtype) for _ in "kv")
@@ -121,10 +122,11 @@ def packed(ops, folder, few):
 
 
 def models(ops, folder, few):
-    for type, name in [("F32", "llama"), ("F16", "gemma3"), ("Q8_0", "qwen3"), ("Q4_0", "llama")]:
-        path = write_model(folder / f"{type}.gguf", replace(RECIPES[name], type=type))
+    made = [("F32", "llama"), ("F16", "gemma3"), ("Q8_0", "qwen3"), ("Q4_0", "llama"), ("F32", "gpt-oss")]
+    for number, (type, name) in enumerate(made):
+        path = write_model(folder / f"{number}.gguf", replace(RECIPES[name], type=type))
         model = open_model(path, threads=2)
-        yield f"model {type}", model.logits(np.arange(5, 45)).copy()
+        yield f"model {type} {name}", model.logits(np.arange(5, 45)).copy()
         model.close()
 
 

@@ -66,6 +66,22 @@ def test_rows_choose_experts(ops, normalized, n_prompt):
     np.testing.assert_array_equal(routes.place[order], range(28))
 
 
+HOSTILE = np.float32([np.nan, np.inf, -np.inf, 3e38])
+
+
+@pytest.mark.parametrize("kinds", [HOSTILE[:1], HOSTILE[2:3], HOSTILE[:3], HOSTILE], ids=str)
+def test_no_row_chooses_an_expert_twice_whatever_the_logits_are(ops, kinds):
+    """A row alone takes kernels for one row; who was chosen twice would need some for more."""
+    x = ops.buffer(1, 40)
+    routes = ops.routes(1, Router(40, 6, True, 1.0))
+    for _ in range(50):
+        x.array[:] = np.where(RNG.random(40) < 0.8, RNG.choice(kinds, 40), floats(40))
+        given = np.nan_to_num(x.array[0], nan=np.finfo(np.float32).min).astype(float)
+        ops.route(x, 1, 0, routes)
+        np.testing.assert_array_equal(routes.chosen, np.argsort(-given, kind="stable")[:6])
+        assert np.isfinite(routes.weights).all() and math.isclose(routes.weights.sum(), 1, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("n_prompt", [0, 5, 11])
 @pytest.mark.parametrize("name", ["F32", "Q4_K", "MXFP4"])
 @pytest.mark.parametrize("used", [1, 3])

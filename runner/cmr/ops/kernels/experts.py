@@ -24,6 +24,7 @@ GLU_EXPERTS = (*INPUT, *ROOM, *PIECES, "gate", *CHOICE, "plain", "place_floats",
 ADD_EXPERTS = (*INPUT, *ROOM, *PIECES, *CHOICE, "tokens", "add", "scale")
 BLOCK = 128  # rows of an expert that a thread multiplies at a time
 COLUMNS = 256  # outputs that a thread adds up at a time
+LARGEST = 3.4028234663852886e38  # of all float32
 
 
 @emitter("route")
@@ -44,6 +45,7 @@ def _choose(v, f, row):
     It is one over those that were chosen where `normalized`, else over all experts.
     """
     logits = v.add(f["logits"], v.mul(row, f["stride"]))
+    _make_finite(v, logits, f["experts"])
     peak = v.load(v.add(logits, v.mul(_largest(v, logits, f["experts"]), 4)), F32)
     total = v.variable(F32(0.0))
     chosen_too = v.compare(f["normalized"], "!=", 0)
@@ -66,8 +68,19 @@ def _choose(v, f, row):
         v.store(there, v.b.fmul(v.load(there, F32), by), 4)
 
 
+def _make_finite(v, logits, count):
+    """Take infinities for the largest and least float32, NaN for the least: all are above those that were taken."""
+
+    def body(at, lanes):
+        there = v.add(logits, v.mul(at, 4))
+        least, most = fill(F32, lanes, -LARGEST), fill(F32, lanes, LARGEST)
+        v.store(there, v.fmin(v.fmax(v.load_vector(there, lanes), least), most), 4)
+
+    v.chunks(count, body)
+
+
 def _largest(v, logits, count):
-    """The index of the largest of `count` float32; 0 where none is above minus infinity."""
+    """The index of the first of the largest of `count` float32, one of which is above minus infinity."""
     best, index = v.variable(F32(float("-inf"))), v.variable(I64(0))
     with v.loop(0, count) as i:
         value = v.load(v.add(logits, v.mul(i, 4)), F32)
