@@ -5,11 +5,17 @@ import os
 import shlex
 import signal
 
+import numpy as np
 import pytest
 from tests.cli_runs import ENV, ROOT, bundled, run, start
+from tests.feeding import feed
 from tests.ggufs import write_gguf
+from tests.models import RECIPES, write_model
 
+from cmr import open_model
 from cmr.cli.escapes import unescaped
+from cmr.cli.warmup import warm_table
+from cmr.ops import open_ops
 
 STORY = ("-p", "Once upon a time", "--temp", "0", "-n", "24")
 
@@ -329,6 +335,18 @@ def test_warmup_leaves_nothing_to_compile(model):
     again = run("warmup", model, command="main")
     assert again.stderr.startswith("0 kernels compiled")
     assert "compiling" not in run(model, *STORY).stderr
+
+
+def test_a_warm_table_lacks_nothing_that_mixtures_of_experts_need(tmp_path):
+    ops = open_ops("cpu", threads=1)
+    warm_table(ops)
+    warm = set(ops._addresses)
+    ops.close()
+    model = open_model(write_model(tmp_path / "m.gguf", RECIPES["gpt-oss"]), threads=1)
+    model.logits(range(40), kv_dtype=np.float16)
+    feed(model, range(20), [1, 2, 4, 8, 5], False, np.float16)
+    model.close()
+    assert {"route", "glu_experts", "add_experts", "gate:swiglu_oai"} <= set(model.ops._addresses) <= warm
 
 
 def test_warmup_wants_one_thing():
