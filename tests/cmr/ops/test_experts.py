@@ -47,23 +47,24 @@ def test_it_has_every_operation_with_the_same_arguments(ops):
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("n_prompt", [0, 4, 7])
-def test_rows_choose_experts(ops, normalized, n_prompt):
-    x = ops.buffer(9, 21)
-    x.array[:] = 2 * floats(9, 21)
+@pytest.mark.parametrize("n", [7, 600])  # by one thread, by all
+def test_rows_choose_experts(ops, normalized, n_prompt, n):
+    x = ops.buffer(n + 2, 21)
+    x.array[:] = 2 * floats(n + 2, 21)
     x.array[3, 5] = x.array[3, 17] = 9.0  # of equal ones the first
-    logits, routes = x.array.astype(float), ops.routes(9, Router(21, 4, normalized, 1.5))
-    ops.route(x, 7, n_prompt, routes)
+    logits, routes = x.array.astype(float), ops.routes(n + 2, Router(21, 4, normalized, 1.5))
+    ops.route(x, n, n_prompt, routes)
     assert routes.chosen[12] == 5 and routes.chosen[13] == 17
-    for row in range(7):
+    for row in range(n):
         p = np.exp(logits[row] - logits[row].max())
         best = np.argsort(-p, kind="stable")[:4]
         there = slice(4 * row, 4 * row + 4)
         np.testing.assert_array_equal(routes.chosen[there], best)
         wanted = 1.5 * p[best] / (p[best].sum() if normalized else p.sum())
         np.testing.assert_allclose(routes.weights[there], wanted, rtol=1e-5)
-    order = sorted(range(28), key=lambda a: routes.chosen[a])
-    np.testing.assert_array_equal(routes.order[:28], order)
-    np.testing.assert_array_equal(routes.place[order], range(28))
+    order = sorted(range(4 * n), key=lambda a: routes.chosen[a])
+    np.testing.assert_array_equal(routes.order[: 4 * n], order)
+    np.testing.assert_array_equal(routes.place[order], range(4 * n))
 
 
 HOSTILE = np.float32([np.nan, np.inf, -np.inf, 3e38])
@@ -82,35 +83,79 @@ def test_no_row_chooses_an_expert_twice_whatever_the_logits_are(ops, kinds):
         assert np.isfinite(routes.weights).all() and math.isclose(routes.weights.sum(), 1, rel_tol=1e-5)
 
 
+class Mixture:
+    """Rows of input, and experts whose gate, up and down matrices, `rows` x `cols` and back, have their own types."""
+
+    def __init__(self, ops, folder, names, n, experts, used, cols, rows):
+        self.sizes = n, experts, used, cols, rows
+        self.parts, self.matrices, self.biases = [], [], []
+        for name, shape in zip(names, ((rows, cols), (rows, cols), (cols, rows))):
+            matrix, values = stored(ops, folder, name, experts * shape[0], shape[1])
+            bias = floats(experts * shape[0])
+            self.parts.append((matrix, bias))
+            self.matrices.append(values.reshape(experts, *shape).astype(float))
+            self.biases.append(bias.reshape(experts, -1))
+        self.x, self.before, self.choices = floats(n, cols), floats(n, cols), floats(n, experts)
+
+    def run(self, ops, some, n_prompt, add=True):
+        """What some rows of input give, of which the first `n_prompt` have the prompt role, and their routes."""
+        n, (_, experts, used, cols, rows) = len(some), self.sizes
+        x, inner, out = ops.buffer(n, cols), ops.buffer(n, used * rows), ops.buffer(n, cols)
+        choices, routes = ops.buffer(n, experts), ops.routes(n, Router(experts, used, True, 1.0))
+        x.array[:], out.array[:], choices.array[:] = self.x[some], self.before[some], self.choices[some]
+        ops.route(choices, n, n_prompt, routes)
+        ops.glu_experts(x, n, n_prompt, *self.parts[:2], "silu", routes, inner)
+        ops.add_experts(inner, n, n_prompt, self.parts[2], routes, out, add=add, scale=0.5)
+        return out.array.copy(), routes
+
+    def error(self, out, routes, add=True):
+        """How far all rows are from the definition."""
+        error, size, used = 0.0, 0.0, self.sizes[2]
+        for row, given in enumerate(out):
+            total = 0.0
+            for a in range(used * row, used * (row + 1)):
+                e = routes.chosen[a]
+                gate, up = (m[e] @ self.x[row] + b[e] for m, b in zip(self.matrices[:2], self.biases[:2]))
+                inner = gate / 2 * (1 + np.tanh(gate / 2)) * up
+                total += routes.weights[a] * (self.matrices[2][e] @ inner + self.biases[2][e])
+            error += np.square(given - add * self.before[row].astype(float) - 0.5 * total).sum()
+            size += np.square(0.5 * total).sum()
+        return math.sqrt(error / size)
+
+
 @pytest.mark.parametrize("n_prompt", [0, 5, 11])
 @pytest.mark.parametrize("name", ["F32", "Q4_K", "MXFP4"])
 @pytest.mark.parametrize("used", [1, 3])
 def test_products_by_the_chosen_experts(ops, tmp_path, n_prompt, name, used):
-    n, experts, cols, rows = 11, 6, 256, 256
-    parts, matrices, biases = [], [], []
-    for shape in ((rows, cols), (rows, cols), (cols, rows)):
-        matrix, values = stored(ops, tmp_path, name, experts * shape[0], shape[1])
-        bias = floats(experts * shape[0])
-        parts.append((matrix, bias))
-        matrices.append(values.reshape(experts, *shape).astype(float))
-        biases.append(bias.reshape(experts, -1))
-    x, inner, out = ops.buffer(n, cols), ops.buffer(n, used * rows), ops.buffer(n, cols)
-    x.array[:], out.array[:] = floats(n, cols), floats(n, cols)
-    choices = ops.buffer(n, experts)
-    choices.array[:] = floats(n, experts)
-    routes = ops.routes(n, Router(experts, used, True, 1.0))
-    ops.route(choices, n, n_prompt, routes)
-    before = out.array.astype(float)
-    ops.glu_experts(x, n, n_prompt, parts[0], parts[1], "silu", routes, inner)
-    ops.add_experts(inner, n, n_prompt, parts[2], routes, out, scale=0.5)
-    error, size = 0.0, 0.0
-    for row in range(n):
-        total = 0.0
-        for a in range(used * row, used * (row + 1)):
-            e = routes.chosen[a]
-            gate, up = (m[e] @ x.array[row] + b[e] for m, b in zip(matrices[:2], biases[:2]))
-            total += routes.weights[a] * (matrices[2][e] @ (gate / (1 + np.exp(-gate)) * up) + biases[2][e])
-        error += np.square(out.array[row] - before[row] - 0.5 * total).sum()
-        size += np.square(0.5 * total).sum()
+    mixture = Mixture(ops, tmp_path, [name] * 3, 11, 6, used, 256, 256)
     exact = name == "F32" or ops.name == "portable"
-    assert math.sqrt(error / size) < (1e-5 if exact else 0.02)
+    for add in (True, False):
+        out, routes = mixture.run(ops, range(11), n_prompt, add)
+        assert mixture.error(out, routes, add) < (1e-5 if exact else 0.02)
+
+
+CHOICES = {
+    "as they come": lambda choices: choices,
+    "all the same": lambda choices: np.tile(choices[:1], (len(choices), 1)),
+    "prompts others than the rest": lambda choices: (
+        choices + 50 * (np.arange(len(choices)) < 17)[:, None] * np.arange(37)
+    ),
+}
+TYPES = [("F16", "Q4_K", "Q8_0"), ("Q6_K", "F32", "MXFP4"), ("BF16", "F32", "F16"), ("MXFP4", "Q8_0", "Q4_0")]
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("names", TYPES, ids=str)
+def test_a_row_gives_the_same_alone_and_on_one_thread(ops, device, tmp_path, names, choices):
+    """Types that differ, rows of an expert that blocks do not divide, columns that steps do not divide."""
+    cols = 256 if any(name.endswith("K") for name in names) else 320
+    mixture = Mixture(ops, tmp_path, names, 40, 37, 5, cols, 288)
+    mixture.choices = choices(mixture.choices).astype(np.float32)
+    whole, routes = mixture.run(ops, range(40), 17)
+    floating = all(name in ("F32", "F16", "BF16") for name in names)
+    assert mixture.error(whole, routes) < (1e-5 if floating or ops.name == "portable" else 0.02)
+    for some, n_prompt in ((range(3, 4), 1), (range(39, 40), 0), (range(5, 30), 12), (range(17, 40), 0)):
+        np.testing.assert_array_equal(mixture.run(ops, some, n_prompt)[0], whole[some])
+    single = open_ops(device, threads=1)
+    np.testing.assert_array_equal(mixture.run(single, range(40), 17)[0], whole)
+    single.close()
