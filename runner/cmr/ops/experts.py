@@ -7,8 +7,8 @@ import numpy as np
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import RECORD, STEP
 from cmr.ops.launcher import address_of, float_bits
-from cmr.ops.products import Part, ProductOps
-from cmr.ops.records import Buffer, Norm, Routes
+from cmr.ops.products import ProductOps
+from cmr.ops.records import Buffer, Norm, Part, Routes
 from cmr.quants import FORMATS
 from cmr.router import Router
 
@@ -48,15 +48,16 @@ class ExpertOps(ProductOps):
         router, places = routes.router, n * routes.router.used
         rows = gate[0].rows // router.experts
         plain = any(FORMATS[matrix.type].name in FLOATS for matrix, _ in (gate, up))
-        padded = (columns + STEP - 1) // STEP * STEP
-        room = self._spread.reach(places * (4 * padded + padded // STEP * RECORD))
+        steps = (columns + STEP - 1) // STEP
+        floats, records = places * steps * 4 * STEP * plain, places * steps * RECORD * quantized
+        room = self._spread.reach(floats + records)
         fields = (
             *self._input(x, 0, columns, n, n_prompt, norm, quantized),
             *self._room(n_prompt),
             *(address, 2, out.addr, 4 * rows, self._y.reach(places * 4 * rows), 4 * rows),
             *(self.kernel("normalize"), self.kernel("quantize"), self.kernel(f"gate:{act}")),
             *self._choice(routes, rows),
-            *(plain, room, room + places * padded * 4),
+            *(plain, room, room + floats),
         )
         self._launch("glu_experts", fields, self._team(n, n_prompt), 1)
 

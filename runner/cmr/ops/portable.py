@@ -16,7 +16,7 @@ from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
 from cmr.ops.portable_experts import PortableExperts
-from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, RopeTable, Segment, make_buffer, zeros
+from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, Part, RopeTable, Segment, make_buffer, zeros
 from cmr.ops.table import FEATURES
 from cmr.quants import row_bytes
 
@@ -24,8 +24,6 @@ from cmr.quants import row_bytes
 CACHE_BYTES = 1 << 30
 # Fixed, so that an output is summed in the same order whether its matrix is kept or not.
 BLOCK_ROWS = 2048
-
-Part = tuple[Matrix, np.ndarray | None]
 
 
 class PortableOps(PortableExperts):

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from cmr.ops.portable_pages import PortablePages
-from cmr.ops.records import Buffer, Matrix, Norm, Routes
+from cmr.ops.records import Buffer, Matrix, Norm, Part, Routes
 from cmr.router import Router
-
-Part = tuple[Matrix, np.ndarray | None]
 
 
 class PortableExperts(PortablePages):

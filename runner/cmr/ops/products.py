@@ -11,10 +11,9 @@ from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import COUNTS, RECORD, STEP
 from cmr.ops.launcher import float_bits
 from cmr.ops.pages import PageOps
-from cmr.ops.records import Buffer, Matrix, Norm
+from cmr.ops.records import Buffer, Norm, Part
 from cmr.quants import FORMATS
 
-Part = tuple[Matrix, np.ndarray | None]
 KEPT_CALLS = 8192
 
 

@@ -62,6 +62,9 @@ class Matrix:
         return self.rows * self.row_bytes
 
 
+Part = tuple[Matrix, np.ndarray | None]  # with its bias, where there is one
+
+
 class RopeTable:
     """Cosines and sines of position times `inv_freq`, times `scale`: float32 [positions, len(inv_freq)]."""
 

@@ -9,10 +9,8 @@ import numpy as np
 
 from cmr.evidence import Notes
 from cmr.gguf_file import Tensor
-from cmr.ops.records import Buffer, Matrix, Norm, Pages, RopeTable, Routes, Segment
+from cmr.ops.records import Buffer, Matrix, Norm, Pages, Part, RopeTable, Routes, Segment
 from cmr.router import Router
-
-Part = tuple[Matrix, np.ndarray | None]
 
 FEATURES = ("experts", "sink_logits", "swiglu_oai")
 

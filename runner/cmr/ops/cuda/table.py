@@ -14,10 +14,8 @@ from cmr.ops.cuda.kernels.formats import UNIT, words
 from cmr.ops.cuda.launcher import THREADS, over
 from cmr.ops.cuda.memory import Block, Memory
 from cmr.ops.portable import raw_blocks
-from cmr.ops.records import Buffer, Matrix, Norm, RopeTable
+from cmr.ops.records import Buffer, Matrix, Norm, Part, RopeTable
 from cmr.quants import FORMATS
-
-Part = tuple[Matrix, np.ndarray | None]
 
 
 class SharedRope(RopeTable):
