@@ -94,8 +94,10 @@ def test_chosen_pages_are_attended_to(ops, sizes):
         np.testing.assert_allclose(found[row], case.reference(row), rtol=1e-4, atol=1e-5)
 
 
-def test_a_logit_of_no_slot_takes_its_share(ops):
-    case = Case(*SIZES[0])
+@pytest.mark.parametrize("sizes", [SIZES[0], (2, 7, 16, 2, 400, 16, 1, 1, 3, "f")], ids=str)
+def test_a_logit_of_no_slot_takes_its_share(ops, sizes):
+    """Also where the queries of a key head are more than a kernel takes at a time."""
+    case = Case(*sizes)
     sinks = np.linspace(-1, 9, case.q.shape[1], dtype=np.float32)
     found = case.run(ops, sinks=sinks)
     for row in range(len(found)):
