@@ -159,3 +159,19 @@ def test_a_row_gives_the_same_alone_and_on_one_thread(ops, device, tmp_path, nam
     single = open_ops(device, threads=1)
     np.testing.assert_array_equal(mixture.run(single, range(40), 17)[0], whole)
     single.close()
+
+
+def test_a_recording_holds_the_memory_that_rows_are_spread_to(device, tmp_path):
+    table = open_ops(device, threads=1)
+    if not table.replays:
+        pytest.skip("no steps are recorded")
+    mixture = Mixture(table, tmp_path, ["Q8_0"] * 3, 2, 4, 2, 64, 32)
+    table._x.reach(1 << 20), table._y.reach(1 << 20)  # so that nothing else need grow
+    programs = []
+    for _ in range(2):
+        with table.recording() as program:
+            mixture.run(table, range(2), 0)
+        programs.append(program)
+    assert [program.settled for program in programs] == [False, True]
+    assert any(held is table._spread.memory for held in programs[1].kept[-1])
+    table.close()
