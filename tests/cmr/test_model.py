@@ -232,6 +232,16 @@ def test_an_unsupported_model_is_closed_again(tmp_path, device, monkeypatch):
     assert closed == [path]
 
 
+def test_what_a_device_does_not_compute_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cmr.ops.portable.PortableOps.features", frozenset({"sink_logits"}))
+    path = write_model(tmp_path / "m.gguf", RECIPES["gpt-oss"])
+    with pytest.raises(
+        ModelError, match="'portable' does not compute experts and swiglu_oai, which this model"
+    ):
+        open_model(path, device="portable")
+    open_model(write_model(tmp_path / "s.gguf", RECIPES["sinks"]), device="portable").close()
+
+
 def test_an_unknown_device_is_refused(tmp_path):
     with pytest.raises(CMRError, match="device 'abacus' is not supported; there are: cpu, cuda, portable"):
         open_model(write_model(tmp_path / "m.gguf", Recipe()), device="abacus")

@@ -17,8 +17,8 @@ from cmr.errors import RequestError
 from cmr.kvcache import AttnRule, LayerCache
 from cmr.model import open_model
 from cmr.ops import open_ops
-from cmr.ops.records import Router
 from cmr.quants import FORMATS, row_bytes
+from cmr.router import Router
 from cmr.session import Session
 
 PROMPT = 48  # tokens; more than the kernels for a few rows take
