@@ -14,8 +14,9 @@ from cmr.stats import share_of, token_bytes
 class Work:
     """A model's size, and the least that a case needs: bytes of weights read, operations of their products.
 
-    Generated tokens read every weight once a step; prompts are held against arithmetic instead, and their
-    output head, which only the last token needs, is left out.
+    Generated tokens read every weight once a step, of experts as many as one token chooses, however many tokens a step
+    has; prompts are held against arithmetic instead, and their output head, which only the last token needs, is left
+    out.
     """
 
     model_type: str
