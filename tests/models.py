@@ -38,6 +38,8 @@ class Recipe:
     experts: tuple[int, int] | None = None  # how many there are, and how many a row chooses
     dense: tuple[int, ...] = ()  # layers without experts all the same
     expert_inner: int = 32
+    shared: str = ""  # "plain" or "weighed": all rows go through one expert more, of twice the width
+    probs_bias: bool = False
     sinks: bool = False
     type: str = "F32"
 
@@ -119,6 +121,16 @@ class _Maker:
             self.matrix(f"{blk}ffn_gate_exps", r.experts[0], r.expert_inner, r.width)
             self.matrix(f"{blk}ffn_up_exps", r.experts[0], r.expert_inner, r.width)
             self.matrix(f"{blk}ffn_down_exps", r.experts[0], r.width, r.expert_inner)
+            if r.probs_bias:
+                self.made[f"{blk}exp_probs_b.bias"] = self.rng.uniform(0, 0.4, r.experts[0]).astype(
+                    np.float32
+                )
+            if r.shared:
+                self.matrix(f"{blk}ffn_gate_shexp", 2 * r.expert_inner, r.width)
+                self.matrix(f"{blk}ffn_up_shexp", 2 * r.expert_inner, r.width)
+                self.matrix(f"{blk}ffn_down_shexp", r.width, 2 * r.expert_inner)
+            if r.shared == "weighed":
+                self.made[f"{blk}ffn_gate_inp_shexp.weight"] = self.values(1, r.width)[0]
             return
         if r.fused:
             self.matrix(f"{blk}ffn_up", 2 * inner, r.width)
@@ -210,9 +222,23 @@ RECIPES: dict[str, Recipe] = {
     "mixtral": Recipe(experts=(8, 2), meta={"rope.freq_base": 1e6}),
     "qwen3moe": Recipe(arch="qwen3moe", head_norms="one", experts=(20, 6), dense=(1,)),
     "olmoe": Recipe(arch="olmoe", head_norms="all", experts=(37, 5)),
+    "qwen2moe": Recipe(arch="qwen2moe", biases=_QKV, experts=(11, 3), shared="weighed"),
+    "deepseek": Recipe(arch="deepseek", experts=(9, 2), shared="plain", dense=(0,)),
+    "dots1": Recipe(
+        arch="dots1",
+        head_norms="one",
+        experts=(13, 4),
+        shared="plain",
+        probs_bias=True,
+        dense=(0,),
+        meta={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+    ),
+    "ernie4_5-moe": Recipe(arch="ernie4_5-moe", experts=(12, 5), shared="plain", probs_bias=True, dense=(1,)),
+    "ernie4_5": Recipe(arch="ernie4_5"),
     "granitemoe": Recipe(
         arch="granitemoe",
         experts=(5, 5),
+        shared="plain",
         biases=("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
         meta={
             "attention.scale": 0.11,

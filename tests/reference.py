@@ -9,6 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+# Architectures whose rotation turns neighbouring dimensions.
+NEIGHBOURS = (
+    *("llama", "mistral3", "granite", "granitemoe", "smollm3"),
+    *("deepseek", "ernie4_5", "ernie4_5-moe"),
+)
+
 
 class Reference:
     """A GGUF model wholly in float64."""
@@ -92,10 +98,15 @@ class Reference:
         """Each row alone: a softmax of the router's logits chooses experts and weighs what they give."""
         used, out = self.key("expert_used_count"), np.zeros_like(x)
         for row, logits in enumerate(self.linear(x, f"{blk}.ffn_gate_inp")):
-            p = np.exp(logits - logits.max())
-            p /= p.sum()
-            chosen = sorted(range(len(p)), key=lambda expert: -p[expert])[:used]
-            if self.arch != "olmoe":
+            if self.key("expert_gating_func") == 2:
+                p = 1 / (1 + np.exp(-logits))
+            else:
+                p = np.exp(logits - logits.max())
+                p /= p.sum()
+            score = p + self.weights.get(f"{blk}.exp_probs_b.bias", 0)
+            chosen = sorted(range(len(p)), key=lambda expert: -score[expert])[:used]
+            normalized = self.arch not in ("olmoe", "qwen2moe", "deepseek", "dots1")
+            if self.key("expert_weights_norm", normalized):
                 p /= p[chosen].sum()
             for expert in chosen:
                 gate, up = (self.expert(x[row], f"{blk}.ffn_{name}_exps", expert) for name in ("gate", "up"))
@@ -105,7 +116,15 @@ class Reference:
                 else:
                     inner = gate / (1 + np.exp(-gate)) * up
                 out[row] += p[expert] * self.expert(inner, f"{blk}.ffn_down_exps", expert)
-        return out * (self.key("expert_weights_scale") or 1.0)
+        out *= self.key("expert_weights_scale") or 1.0
+        if f"{blk}.ffn_up_shexp.weight" in self.weights:
+            gate, up = (self.linear(x, f"{blk}.ffn_{name}_shexp") for name in ("gate", "up"))
+            shared = self.linear(gate / (1 + np.exp(-gate)) * up, f"{blk}.ffn_down_shexp")
+            if f"{blk}.ffn_gate_inp_shexp.weight" in self.weights:
+                logits = x @ self.weights[f"{blk}.ffn_gate_inp_shexp.weight"]
+                shared = shared / (1 + np.exp(-logits))[:, None]
+            out += shared
+        return out
 
     def expert(self, x, name, index):
         bias = self.weights.get(f"{name}.bias")
@@ -178,12 +197,12 @@ class Reference:
         turn, size = self.speeds(x.shape[-1], windowed)
         rot = 2 * len(turn)
         part, rest = x[..., :rot], x[..., rot:]
-        if self.arch in ("llama", "mistral3", "granite", "granitemoe", "smollm3"):
+        if self.arch in NEIGHBOURS:
             z = part[..., 0::2] + 1j * part[..., 1::2]
         else:
             z = part[..., : rot // 2] + 1j * part[..., rot // 2 :]
         z = z * size * np.exp(1j * pos[:, None] * turn)[:, None]
-        if self.arch in ("llama", "mistral3", "granite", "granitemoe", "smollm3"):
+        if self.arch in NEIGHBOURS:
             part = np.stack([z.real, z.imag], -1).reshape(part.shape)
         else:
             part = np.concatenate([z.real, z.imag], -1)

@@ -68,6 +68,11 @@ ARCHITECTURES: dict[str, Quirks] = {
         window_rope_plain=True,
     ),
     "phi3": Quirks(window_period=0),
+    "qwen2moe": Quirks(experts_normalized=False),
+    "deepseek": Quirks(pairing="norm", experts_normalized=False),
+    "dots1": Quirks(norms=("attn_norm", "ffn_norm", *_QK), experts_normalized=False),
+    "ernie4_5": Quirks(pairing="norm"),
+    "ernie4_5-moe": Quirks(pairing="norm"),
     "gpt-oss": Quirks(
         norms=("attn_norm", "post_attention_norm"),
         norm_tensors=(("ffn_norm", "post_attention_norm"), ("post_attention_norm", "")),

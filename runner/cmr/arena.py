@@ -25,7 +25,8 @@ class Arena:
 
     `hidden` is the residual stream, `qkv` queries, keys and values side by side, `mixed` what attention
     gives, `inner` the inside of the feed-forward part, `spare` a branch that a norm waits for, `last` the
-    rows whose `logits` count. `choices` are logits of experts, `routes` who chose which, where there are experts.
+    rows whose `logits` count. `choices` are logits of experts, `routes` who chose which, where there are experts,
+    `shared` the inside of the one that all rows go through, `weighs` logits of its weight.
     `tokens` and `pos` are int64 and int32 [rows]. `state` is another number whenever buffers are other ones, even where
     they lie at the addresses of some that are gone.
     """
@@ -37,6 +38,8 @@ class Arena:
         self.last: Buffer = ops.buffer(0, config.n_embd)
         self.logits: Buffer = ops.buffer(0, config.n_vocab)
         router = config.router
+        self.shared: Any = ops.buffer(rows, config.n_ff_shared) if config.n_ff_shared else None
+        self.weighs: Any = ops.buffer(rows, 1) if config.n_ff_shared else None
         self.choices: Any = ops.buffer(rows, router.experts) if router else None
         self.routes: Any = cast(Experts, ops).routes(rows, router) if router else None
         self.tokens, self.pos = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
@@ -48,6 +51,7 @@ class Arena:
         """The bytes of all buffers; memory that no step has written yet is not in use."""
         buffers = (self.hidden, self.qkv, self.mixed, self.inner, self.spare, self.last, self.logits)
         routing = self.choices.array.nbytes + self.routes.nbytes if self.routes else 0
+        routing += self.shared.array.nbytes + self.weighs.array.nbytes if self.shared else 0
         return sum(buffer.array.nbytes for buffer in buffers) + routing
 
     def want(self, rows: int) -> None:
@@ -94,6 +98,7 @@ class Arena:
 def arena_bytes(config: Config, rows: int) -> int:
     """Return the bytes of an Arena for steps of up to `rows` rows, AMPLE of which want logits at most."""
     routing = 4 * rows * config.router.experts + routes_bytes(rows, config.router) if config.router else 0
+    routing += 4 * rows * (config.n_ff_shared + 1) if config.n_ff_shared else 0
     return 4 * (rows * sum(_widths(config)) + AMPLE * (config.n_embd + config.n_vocab)) + routing
 
 

@@ -16,9 +16,8 @@ from cmr.metadata import Metadata
 from cmr.rope import Rope, read_base, read_rope, with_factors
 from cmr.router import Router
 
-# 0: not said; 1: a softmax over all experts; 3: one over the chosen. llama.cpp's llama_expert_gating_func_type.
-_SOFTMAXES = (0, 1, 3)
-_OF_CHOSEN = 3
+# A softmax over all experts, sigmoids, a softmax over the chosen: llama.cpp's llama_expert_gating_func_type.
+_UNSAID, _SOFTMAX, _SIGMOID, _OF_CHOSEN = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,8 @@ class Config:
     otherwise in the file. With `parallel_residual` attention and feed-forward read the same input.
     `attn_temperature` is (scale, floor): queries at position p are multiplied by 1 + scale * log(1 + floor(p / floor)).
     Layers that `routed` names are mixtures of experts, of which rows choose by `router`; their `n_ff` is that of one
-    expert. `sink_logits` are those of kvcache.AttnRule.
+    expert, `n_ff_shared` that of the one that all rows go through (0: none). `sink_logits` are those of
+    kvcache.AttnRule.
     """
 
     arch: str
@@ -62,6 +62,7 @@ class Config:
     attn_temperature: tuple[float, int] | None
     router: Router | None
     routed: frozenset[int]
+    n_ff_shared: int
     sink_logits: tuple[np.ndarray | None, ...]
 
     @property
@@ -119,6 +120,7 @@ def read_config(
         attn_temperature=_temperature(keys, n_ctx_train),
         router=_router(keys, quirks) if routed else None,
         routed=routed,
+        n_ff_shared=_shared_width(file.tensors),
         sink_logits=tuple(_sinks(file.tensors, layer, sizes["n_heads"][layer]) for layer in range(n_layers)),
     )
     keys.refuse_unread_overrides()
@@ -130,13 +132,19 @@ def _router(keys: Metadata, quirks: Quirks) -> Router:
     experts = keys.integer("expert_count", high=1 << 16)
     used = keys.integer("expert_used_count", high=experts)
     gating, groups = (keys.integer(f"expert_{name}", 0, low=0) for name in ("gating_func", "group_count"))
-    if gating not in _SOFTMAXES:
-        raise keys.fail("expert_gating_func", f"is {gating}, which is no softmax; only those are supported")
+    if gating > _OF_CHOSEN:
+        raise keys.fail("expert_gating_func", f"is {gating}; softmax (1 and 3) and sigmoid (2) are supported")
     if groups > 1:
         raise keys.fail("expert_group_count", f"is {groups}; experts in groups are not supported")
     normalized = keys.flag("expert_weights_norm", quirks.experts_normalized) or gating == _OF_CHOSEN
     scale = keys.number("expert_weights_scale", 0.0) or 1.0
-    return Router(experts, used, normalized, scale)
+    return Router(experts, used, normalized, scale, gating == _SIGMOID)
+
+
+def _shared_width(tensors: Mapping[str, Tensor]) -> int:
+    """The width of the experts that all rows go through, 0 where there are none."""
+    shared = (tensor for name, tensor in tensors.items() if name.endswith(".ffn_up_shexp.weight"))
+    return next((tensor.shape[0] for tensor in shared), 0)
 
 
 def _widths(keys: Metadata, n_layers: int, routed: Collection[int]) -> tuple[int, ...]:

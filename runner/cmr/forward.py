@@ -207,19 +207,26 @@ class Forward:
         """As _glu, by the experts that each row chooses; inner holds what they give."""
         choices, norm = arena.choices, layer.ffn_norm
         self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp, choices, norm=norm)
-        self.experts.route(choices, n, n_prompt, arena.routes)
+        self.experts.route(choices, n, n_prompt, arena.routes, layer.exp_probs_b)
         pair = layer.ffn_gate, layer.ffn_up, self.config.activation, arena.routes
         self.experts.glu_experts(arena.hidden, n, n_prompt, *pair, arena.inner, norm=norm)
+        for gate, up in zip(layer.ffn_gate_shexp, layer.ffn_up_shexp):  # one, or none
+            self.ops.glu(arena.hidden, n, n_prompt, gate, up, self.config.activation, arena.shared, norm=norm)
+        if layer.ffn_gate_inp_shexp:
+            self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp_shexp, arena.weighs, norm=norm)
+            self.experts.weigh(arena.shared, n, arena.weighs)
 
     def _add_chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
         """hidden += what the chosen experts give, normalized before it is added where there is a norm."""
         (down,), norm, scale = layer.ffn_down, layer.post_ffw_norm, self.config.residual_scale
-        given = arena.inner, n, n_prompt, down, arena.routes
-        if norm is None:
-            self.experts.add_experts(*given, arena.hidden, scale=scale)
-        else:
-            self.experts.add_experts(*given, arena.spare, add=False)
-            self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
+        out, scale_out = (arena.hidden, scale) if norm is None else (arena.spare, 1.0)
+        self.experts.add_experts(
+            arena.inner, n, n_prompt, down, arena.routes, out, add=norm is None, scale=scale_out
+        )
+        if layer.ffn_down_shexp:
+            self.ops.project(arena.shared, n, n_prompt, layer.ffn_down_shexp, out, add=True, scale=scale_out)
+        if norm is not None:
+            self.ops.add_norm(out, n, norm, arena.hidden, scale)
 
     def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:
         """hidden += residual_scale * parts @ x, normalized before it is added where there is a norm."""

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 
 class Router(NamedTuple):
-    """How rows choose: `used` of so many `experts`, by a softmax of their logits, times `scale`.
+    """How rows choose: `used` of so many `experts`, weighed by a softmax of their logits, times `scale`.
 
-    It is one over the chosen where `normalized`, else over all.
+    It is one over the chosen where `normalized`, else over all. With `sigmoid` weights are sigmoids of the logits,
+    divided by their sum where `normalized`.
     """
 
     experts: int
     used: int
     normalized: bool
     scale: float
+    sigmoid: bool = False

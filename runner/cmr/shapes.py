@@ -12,7 +12,9 @@ from cmr.quants import FORMATS, supported_names
 
 BLOCK_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+BIASES = ("exp_probs_b",)  # which are all there is of them
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 # Shapes that a tensor may have, innermost dimension last.
 Shapes = dict[str, list[tuple[int, ...]]]
@@ -73,8 +75,16 @@ def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
     if layer not in config.routed or config.router is None:
         up = 2 * n_ff if fused_up else n_ff
         return shapes | {"ffn_gate": [(n_ff, n_embd)], "ffn_up": [(up, n_embd)], "ffn_down": [(n_embd, n_ff)]}
-    experts = config.router.experts
+    experts, shared = config.router.experts, config.n_ff_shared
+    if shared:
+        shapes |= {
+            "ffn_gate_shexp": [(shared, n_embd)],
+            "ffn_up_shexp": [(shared, n_embd)],
+            "ffn_down_shexp": [(n_embd, shared)],
+            "ffn_gate_inp_shexp": [(n_embd,), (1, n_embd)],
+        }
     return shapes | {
+        "exp_probs_b": [(experts,)],
         "ffn_gate_inp": [(experts, n_embd)],
         "ffn_gate_exps": [(experts, n_ff, n_embd)],
         "ffn_up_exps": [(experts, n_ff, n_embd)],
@@ -84,7 +94,10 @@ def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
 
 def _required(config: Config, layer: int, fused_qkv: bool) -> tuple[str, ...]:
     projections = ("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")
-    feed = EXPERTS if layer in config.routed else ("ffn_up", "ffn_down")
+    if layer not in config.routed:
+        feed: tuple[str, ...] = ("ffn_up", "ffn_down")
+    else:
+        feed = (*EXPERTS, *SHARED) if config.n_ff_shared else EXPERTS
     return (*projections, "attn_output", *feed, *config.norms)
 
 
@@ -99,7 +112,8 @@ def _check(tensors: Mapping[str, Tensor], prefix: str, shapes: Shapes, required:
             raise ModelError(f"the tensor {prefix}{name}.weight is missing")
         bias = tensors.get(f"{prefix}{name}.bias")
         if bias is not None:
-            like = weight.shape if is_norm and weight is not None else possible[0][:-1]
+            whole = is_norm and weight is not None or name in BIASES
+            like = (weight.shape if weight is not None else possible[0]) if whole else possible[0][:-1]
             _check_one(bias, [like], _FLOATS)
 
 
@@ -120,6 +134,7 @@ def _check_one(tensor: Tensor, possible: list[tuple[int, ...]], types: tuple[str
 def _refuse_foreign(config: Config, names: list[str], prefix: str, shapes: Shapes) -> None:
     """Refuse what the forward pass would leave out: such a model would run and be wrong."""
     known = {f"{prefix}{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
+    known -= {f"{prefix}{name}.weight" for name in BIASES}
     for name in names:
         if name not in known and not _ELSEWHERE.fullmatch(name):
             raise ModelError(f"the tensor {name} has no place in a model of architecture {config.arch!r}")

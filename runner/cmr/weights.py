@@ -26,7 +26,8 @@ class Layer:
 
     `attn_qkv` are the three input projections in one list, `q_norm_heads` and `k_norm_heads` how many heads
     their norm treats one by one (1: the norm spans all heads). Where there is a `ffn_gate_inp`, the matrices of
-    the feed-forward part are those of all experts, one behind the other; a token reads a `share` of them.
+    the feed-forward part are those of all experts, one behind the other; a token reads a `share` of them, and all
+    of the shared one (`shexp`), if there is any.
     """
 
     index: int
@@ -48,11 +49,17 @@ class Layer:
     ffn_down: list[Part]
     post_ffw_norm: Norm | None
     share: float
+    exp_probs_b: np.ndarray | None
+    ffn_gate_inp_shexp: list[Part]
+    ffn_gate_shexp: list[Part]
+    ffn_up_shexp: list[Part]
+    ffn_down_shexp: list[Part]
 
     @property
     def nbytes(self) -> int:
         """The bytes of its matrices, which one generated token reads."""
-        whole = (*self.attn_qkv, *self.attn_output, *self.ffn_gate_inp)
+        whole = (*self.attn_qkv, *self.attn_output, *self.ffn_gate_inp, *self.ffn_gate_inp_shexp)
+        whole += (*self.ffn_gate_shexp, *self.ffn_up_shexp, *self.ffn_down_shexp)
         feed = (self.ffn_gate, self.ffn_up, *self.ffn_down)
         return sum(m.nbytes for m, _ in whole) + int(self.share * sum(m.nbytes for m, _ in feed))
 
@@ -162,6 +169,11 @@ def build_layer(ops: Ops, config: Config, index: int, placed: Placed, like: Laye
         ffn_up=up,
         ffn_down=[down],
         share=router.used / router.experts if router else 1.0,
+        exp_probs_b=read.alone("exp_probs_b"),
+        ffn_gate_inp_shexp=read.optional("ffn_gate_inp_shexp"),
+        ffn_gate_shexp=read.optional("ffn_gate_shexp"),
+        ffn_up_shexp=read.optional("ffn_up_shexp"),
+        ffn_down_shexp=read.optional("ffn_down_shexp"),
     )
 
 
@@ -197,6 +209,14 @@ class _Reader:
         if values is not None and bias is None and rows is not None:
             values = np.ascontiguousarray(values[slice(*rows)])
         return matrix, values
+
+    def optional(self, name: str) -> list[Part]:
+        """A matrix, where there is one."""
+        return [self.part(name)] if f"{self.prefix}{name}.weight" in self.placed else []
+
+    def alone(self, name: str) -> np.ndarray | None:
+        """A bias that belongs to no matrix."""
+        return self.vector(name, "bias") if self.like is None else getattr(self.like, name)
 
     def _bias(self, name: str) -> np.ndarray | None:
         if self.like is None:

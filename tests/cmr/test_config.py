@@ -204,7 +204,7 @@ def test_any_values_give_a_model_or_a_sentence(tmp_path, name):
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {"general.architecture": "foo"}, {"w": np.ones(4, np.float32)})
     with pytest.raises(
-        ModelError, match="architecture 'foo' is not supported; there are: gemma2, gemma3, gpt-oss, granite,"
+        ModelError, match="architecture 'foo' is not supported; there are: deepseek, dots1, ernie4_5, "
     ):
         read_config(open_gguf(path))
 
@@ -218,7 +218,11 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
         ("expert_used_count", 0, "expert_used_count is 0; a whole number from 1 to 20"),
         ("expert_count", 0, "expert_count is 0; a whole number from 1 to 65536"),
         ("expert_count", 1 << 31, "expert_count is 2147483648; a whole number from 1 to 65536"),
-        ("expert_gating_func", 2, "expert_gating_func is 2, which is no softmax; only those are supported"),
+        (
+            "expert_gating_func",
+            4,
+            r"expert_gating_func is 4; softmax \(1 and 3\) and sigmoid \(2\) are supported",
+        ),
         ("expert_group_count", 4, "expert_group_count is 4; experts in groups are not supported"),
     ],
 )
@@ -245,7 +249,7 @@ def test_a_softmax_over_the_chosen_is_normalized_whatever_else_is_said(config_of
 def test_layers_of_experts_are_told_by_their_tensors(config_of):
     config = config_of(RECIPES["qwen3moe"])
     assert config.routed == {0, 2} and config.n_ff == (32, 96, 32)
-    assert config.router == (20, 6, True, 1.0) and config.features == {"experts"}
+    assert config.router == (20, 6, True, 1.0, False) and config.features == {"experts"}
     assert not config_of(RECIPES["olmoe"]).router.normalized
     assert config_of(RECIPES["gpt-oss"]).features == {"experts", "sink_logits", "swiglu_oai"}
 
@@ -314,7 +318,10 @@ def check_changed(folder, recipe, change):
         ("qwen3moe", "ffn_down_exps", (20, 64, 16), "ffn_down_exps.weight is 20 x 64 x 16; 20 x 64 x 32 is"),
         ("qwen3moe", "ffn_up_exps", (640, 64), "ffn_up_exps.weight is 640 x 64; 20 x 32 x 64 is needed"),
         ("qwen3moe", "ffn_gate_inp", (21, 64), "ffn_gate_inp.weight is 21 x 64; 20 x 64 is needed"),
-        ("qwen3moe", "ffn_up_shexp", (32, 64), "blk.0.ffn_up_shexp.weight has no place in a model"),
+        ("qwen3moe", "ffn_up_shexp", (32, 64), "blk.0.ffn_gate_shexp.weight is missing"),
+        ("qwen3moe", "ffn_up_chexps", (20, 32, 64), "blk.0.ffn_up_chexps.weight has no place in a model"),
+        ("qwen3moe", "exp_probs_b", (20,), "blk.0.exp_probs_b.weight has no place in a model"),
+        ("qwen2moe", "ffn_up_shexp", (32, 64), "blk.0.ffn_gate_shexp.weight is 64 x 64; 32 x 64 is needed"),
         ("qwen3moe", "ffn_up", (96, 64), "blk.0.ffn_up.weight has no place in a model"),
         ("gpt-oss", "ffn_norm", (64,), "blk.0.ffn_norm.weight has no place in a model"),
     ],

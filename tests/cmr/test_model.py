@@ -14,6 +14,7 @@ from cmr import open_model
 from cmr.arena import Arena, arena_bytes
 from cmr.errors import CMRError, ModelError, RequestError
 from cmr.model import plain_plan
+from cmr.ops.records import Buffer
 from cmr.quants import FORMATS
 from cmr.sequence import Step
 from cmr.weights import build_layer
@@ -74,7 +75,17 @@ def test_every_tensor_type_runs(model_of, sizes, type, prompt):
     assert error(logits, Reference(model.path).logits(TOKENS)) < (1e-5 if exact else 0.05)
 
 
-BITWISE = ["llama-biases", "gemma2", "phi3", "stablelm-parallel", "sizes-by-layer", "qwen3moe", "granitemoe"]
+BITWISE = [
+    "llama-biases",
+    "gemma2",
+    "phi3",
+    "stablelm-parallel",
+    "sizes-by-layer",
+    "qwen3moe",
+    "qwen2moe",
+    "dots1",
+    "granitemoe",
+]
 QUANTIZED = [replace(WIDE, type=type) for type in ("Q4_0", "Q4_K", "Q6_K", "F16")]
 QUANTIZED += [replace(EXPERTS, type=type) for type in ("Q8_0", "Q4_K")]
 
@@ -182,17 +193,13 @@ def test_a_step_recorded_on_buffers_that_are_gone_is_not_run_on_others(model_of)
     assert np.isfinite(made.qkv.array[0]).all() and np.isfinite(made.inner.array[0]).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3moe", "granitemoe", "sizes-by-layer"])
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "qwen2moe", "granitemoe", "sizes-by-layer"])
 def test_activation_memory_is_foretold(model_of, name):
     model = model_of(name)
     for rows in (1, 512):
         arena = Arena(model.ops, model.config, rows)
         arena.want(1)
-        held = [
-            getattr(arena, name)
-            for name in ("hidden", "qkv", "mixed", "inner", "spare", "last", "logits", "choices")
-        ]
-        sizes = [buffer.array.nbytes for buffer in held if buffer]
+        sizes = [buffer.array.nbytes for buffer in vars(arena).values() if isinstance(buffer, Buffer)]
         if arena.routes:
             sizes += [array.nbytes for array in vars(arena.routes).values() if isinstance(array, np.ndarray)]
         assert sum(sizes) == arena.nbytes == arena_bytes(model.config, rows)

@@ -19,16 +19,21 @@ class ExpertOps(ProductOps):
     def routes(self, rows: int, router: Router) -> Routes:
         return Routes(rows, router)
 
-    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
+    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes, bias: np.ndarray | None = None) -> None:
         router = routes.router
         fields = (
             *(x.addr, 4 * x.cols, router.experts, router.used, n, n_prompt),
-            *(router.normalized, float_bits(router.scale)),
+            *(router.normalized, router.sigmoid, float_bits(router.scale)),
+            *(0 if bias is None else address_of(bias), address_of(routes.scores)),
             *_addresses(routes.chosen, routes.weights, routes.order, routes.place),
             *_addresses(routes.groups, routes.size, routes.counts),
         )
         work = n * router.experts * router.used
         self._launch("route", fields, self._team_for(work, bool(n_prompt)), 0)
+
+    def weigh(self, x: Buffer, n: int, logits: Buffer) -> None:
+        fields = (x.addr, 4 * x.cols, x.cols, logits.addr, 4 * logits.cols, n)
+        self._run("weigh_rows", n * x.cols, fields)
 
     def glu_experts(
         self,

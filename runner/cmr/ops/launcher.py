@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import experts, generated, grouped, jobs, pages, prompts, turning
+from cmr.ops.kernels import experts, generated, grouped, jobs, pages, prompts, routing, turning
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.pool import Pool
 from cmr.ops.program import Program, Stretch
@@ -20,7 +20,8 @@ JOBS = {
     "embed_rows": jobs.EMBED_ROWS,
     "project": jobs.PROJECT,
     "glu": jobs.GLU,
-    "route": experts.ROUTE,
+    "route": routing.ROUTE,
+    "weigh_rows": routing.WEIGH_ROWS,
     "glu_experts": experts.GLU_EXPERTS,
     "add_experts": experts.ADD_EXPERTS,
     "norm_rows": jobs.NORM_ROWS,

@@ -21,18 +21,23 @@ class PortableExperts(PortablePages):
     def routes(self, rows: int, router: Router) -> Routes:
         return Routes(rows, router)
 
-    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
-        experts, used, normalized, scale = routes.router
+    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes, bias: np.ndarray | None = None) -> None:
+        experts, used, normalized, scale, sigmoid = routes.router
         finite = np.nan_to_num(x.array[:n, :experts], nan=float(np.finfo(np.float32).min))
         for row, logits in enumerate(finite.astype(np.float64)):
-            best = np.argsort(-logits, kind="stable")[:used]
-            powers = np.exp(logits - logits[best[0]])
-            total = powers[best].sum() if normalized else powers.sum()
+            weights = 0.5 + 0.5 * np.tanh(0.5 * logits) if sigmoid else np.exp(logits - logits.max())
+            whole = 1.0 if sigmoid else weights.sum()
+            scores = logits if bias is None else weights / whole + bias
+            best = np.argsort(-scores, kind="stable")[:used]
+            total = weights[best].sum() if normalized else whole
             there = slice(row * used, (row + 1) * used)
-            routes.chosen[there], routes.weights[there] = best, scale * powers[best] / total
+            routes.chosen[there], routes.weights[there] = best, scale * weights[best] / total
         count = n * used
         routes.order[:count] = order = np.argsort(routes.chosen[:count], kind="stable")
         routes.place[order] = np.arange(count)
+
+    def weigh(self, x: Buffer, n: int, logits: Buffer) -> None:
+        x.array[:n] *= 0.5 + 0.5 * np.tanh(0.5 * logits.array[:n, :1].astype(np.float64))
 
     def glu_experts(
         self,

@@ -177,6 +177,7 @@ class Routes:
         self.groups = np.zeros((min(count, router.experts), 4), np.int64)
         self.size = np.zeros(1, np.int64)
         self.counts = np.zeros((router.experts, 2), np.int64)
+        self.scores = np.zeros((rows, router.experts), np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +188,7 @@ class Routes:
 def routes_bytes(rows: int, router: Router) -> int:
     """Return the bytes of Routes for so many rows."""
     count = rows * router.used
-    return 28 * count + 32 * min(count, router.experts) + 8 + 16 * router.experts
+    return 28 * count + 32 * min(count, router.experts) + 8 + (16 + 4 * rows) * router.experts
 
 
 def make_buffer(rows: int, cols: int) -> Buffer:

@@ -181,11 +181,15 @@ class Experts(Ops, Protocol):
     def routes(self, rows: int, router: Router) -> Routes:
         """Make room for what up to `rows` rows choose."""
 
-    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes) -> None:
+    def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes, bias: np.ndarray | None = None) -> None:
         """Let each row choose experts by its logits in x [n, experts], which are lost; note it in `routes`.
 
-        No row chooses one twice; infinities count as the largest and least float32, NaN as the least.
+        `bias`, float32 [experts], is added to the weights that experts are chosen by, not to those that they get. No
+        row chooses one twice; infinities count as the largest and least float32, NaN as the least.
         """
+
+    def weigh(self, x: Buffer, n: int, logits: Buffer) -> None:
+        """x *= sigmoid(logits[:, 0]), row by row."""
 
     def glu_experts(
         self,

@@ -40,31 +40,46 @@ def stored(ops, folder, name, rows, cols):
 
 
 def test_it_has_every_operation_with_the_same_arguments(ops):
-    for name in ("routes", "route", "glu_experts", "add_experts"):
+    for name in ("routes", "route", "weigh", "glu_experts", "add_experts"):
         found, wanted = (inspect.signature(getattr(each, name)).parameters for each in (type(ops), Experts))
         assert [(p.name, p.default) for p in found.values()] == [(p.name, p.default) for p in wanted.values()]
 
 
 @pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("n_prompt", [0, 4, 7])
 @pytest.mark.parametrize("n", [7, 600])  # by one thread, by all
-def test_rows_choose_experts(ops, normalized, n_prompt, n):
+def test_rows_choose_experts(ops, normalized, sigmoid, biased, n_prompt, n):
     x = ops.buffer(n + 2, 21)
     x.array[:] = 2 * floats(n + 2, 21)
     x.array[3, 5] = x.array[3, 17] = 9.0  # of equal ones the first
-    logits, routes = x.array.astype(float), ops.routes(n + 2, Router(21, 4, normalized, 1.5))
-    ops.route(x, n, n_prompt, routes)
+    bias = RNG.uniform(0, 0.5, 21).astype(np.float32) if biased else None
+    if biased:
+        bias[5] = bias[17] = 3.0
+    logits, routes = x.array.astype(float), ops.routes(n + 2, Router(21, 4, normalized, 1.5, sigmoid))
+    ops.route(x, n, n_prompt, routes, bias)
     assert routes.chosen[12] == 5 and routes.chosen[13] == 17
     for row in range(n):
-        p = np.exp(logits[row] - logits[row].max())
-        best = np.argsort(-p, kind="stable")[:4]
+        p = 1 / (1 + np.exp(-logits[row])) if sigmoid else np.exp(logits[row] - logits[row].max())
+        p = p if sigmoid else p / p.sum()
+        best = np.argsort(-(p if bias is None else p + bias), kind="stable")[:4]
         there = slice(4 * row, 4 * row + 4)
         np.testing.assert_array_equal(routes.chosen[there], best)
-        wanted = 1.5 * p[best] / (p[best].sum() if normalized else p.sum())
+        wanted = 1.5 * p[best] / (p[best].sum() if normalized else 1)
         np.testing.assert_allclose(routes.weights[there], wanted, rtol=1e-5)
     order = sorted(range(4 * n), key=lambda a: routes.chosen[a])
     np.testing.assert_array_equal(routes.order[: 4 * n], order)
     np.testing.assert_array_equal(routes.place[order], range(4 * n))
+
+
+def test_rows_are_weighed_by_sigmoids(ops):
+    x, logits = ops.buffer(6, 37), ops.buffer(6, 1)
+    x.array[:], logits.array[:] = floats(6, 37), 5 * floats(6, 1)
+    before = x.array.astype(float)
+    ops.weigh(x, 5, logits)
+    np.testing.assert_allclose(x.array[:5], before[:5] / (1 + np.exp(-logits.array[:5])), rtol=2e-6)
+    np.testing.assert_array_equal(x.array[5], before[5])
 
 
 HOSTILE = np.float32([np.nan, np.inf, -np.inf, 3e38])

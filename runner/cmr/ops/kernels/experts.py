@@ -11,134 +11,15 @@ places; prompt rows come first, so those of one expert do too. What lies where, 
 from .emit import call_kernel, emitter, write
 from .jobs import INPUT, PART, PIECES, ROOM, behind, multiply, prepare_rows, read_fields
 from .product import RECORD, STEP
+from .routing import GROUP
 from .threads import COUNTERS, draw
-from .vector import F32, I64, fill
+from .vector import F32, I64
 
-ROUTE = (
-    *("logits", "stride", "experts", "used", "n", "n_prompt", "normalized", "scale"),
-    *("chosen", "weights", "order", "place", "groups", "size", "counts"),
-)
-GROUP = ("expert", "first", "prompt", "count")
 CHOICE = ("used", "chosen", "weights", "order", "place", "groups", "size", "rows")
 GLU_EXPERTS = (*INPUT, *ROOM, *PIECES, "gate", *CHOICE, "plain", "place_floats", "place_records")
 ADD_EXPERTS = (*INPUT, *ROOM, *PIECES, *CHOICE, "tokens", "add", "scale")
 BLOCK = 128  # rows of an expert that a thread multiplies at a time
 COLUMNS = 256  # outputs that a thread adds up at a time
-LARGEST = 3.4028234663852886e38  # of all float32
-
-
-@emitter("route")
-def route(v, args):
-    """Choose the experts of each row by its logits, which are lost, and sort them; fields ROUTE."""
-    control, argument, me, team = args[:4]
-    f = read_fields(v, argument, ROUTE)
-    with v.loop(me, f["n"], team) as row:
-        _choose(v, f, row)
-    write(v, "barrier", control, team)
-    with v.when(v.compare(me, "==", 0)):
-        _sort(v, f)
-
-
-def _choose(v, f, row):
-    """Take the experts with the largest logits, the first of equal ones; their weights are a softmax.
-
-    It is one over those that were chosen where `normalized`, else over all experts.
-    """
-    logits = v.add(f["logits"], v.mul(row, f["stride"]))
-    _make_finite(v, logits, f["experts"])
-    peak = v.load(v.add(logits, v.mul(_largest(v, logits, f["experts"]), 4)), F32)
-    total = v.variable(F32(0.0))
-    chosen_too = v.compare(f["normalized"], "!=", 0)
-    with v.when(v.b.not_(chosen_too)):
-        v.set(total, _sum_of_powers(v, logits, f["experts"], peak))
-    start = v.mul(row, f["used"])
-    with v.loop(0, f["used"]) as slot:
-        expert = _largest(v, logits, f["experts"])
-        here = v.add(logits, v.mul(expert, 4))
-        power = v.lane(v.exp(v.splat(v.b.fsub(v.load(here, F32), peak), 16)), 0)
-        v.store(here, F32(float("-inf")), 4)
-        at = v.add(start, slot)
-        v.store(v.add(f["chosen"], v.mul(at, 8)), expert)
-        v.store(v.add(f["weights"], v.mul(at, 4)), power, 4)
-        with v.when(chosen_too):
-            v.set(total, v.b.fadd(v.get(total), power))
-    by = v.b.fdiv(v.f32_bits(f["scale"]), v.get(total))
-    with v.loop(0, f["used"]) as slot:
-        there = v.add(f["weights"], v.mul(v.add(start, slot), 4))
-        v.store(there, v.b.fmul(v.load(there, F32), by), 4)
-
-
-def _make_finite(v, logits, count):
-    """Take infinities for the largest and least float32, NaN for the least: all are above those that were taken."""
-
-    def body(at, lanes):
-        there = v.add(logits, v.mul(at, 4))
-        least, most = fill(F32, lanes, -LARGEST), fill(F32, lanes, LARGEST)
-        v.store(there, v.fmin(v.fmax(v.load_vector(there, lanes), least), most), 4)
-
-    v.chunks(count, body)
-
-
-def _largest(v, logits, count):
-    """The index of the first of the largest of `count` float32, one of which is above minus infinity."""
-    best, index = v.variable(F32(float("-inf"))), v.variable(I64(0))
-    with v.loop(0, count) as i:
-        value = v.load(v.add(logits, v.mul(i, 4)), F32)
-        with v.when(v.b.fcmp_ordered(">", value, v.get(best))):
-            v.set(best, value)
-            v.set(index, i)
-    return v.get(index)
-
-
-def _sum_of_powers(v, logits, count, peak):
-    """The sum of exp(logit - peak)."""
-    lanes, rest = v.variable(fill(F32, 16, 0.0)), v.variable(F32(0.0))
-
-    def body(at, width):
-        power = v.exp(v.b.fsub(v.load_vector(v.add(logits, v.mul(at, 4)), width), v.splat(peak, width)))
-        if width == 1:
-            v.set(rest, v.b.fadd(v.get(rest), v.lane(power, 0)))
-        else:
-            v.set(lanes, v.b.fadd(v.get(lanes), power))
-
-    v.chunks(count, body)
-    return v.b.fadd(v.sum(v.get(lanes)), v.get(rest))
-
-
-def _sort(v, f):
-    """Give every assignment its place, and note the group of each expert that was chosen."""
-    total, prompt = v.mul(f["n"], f["used"]), v.mul(f["n_prompt"], f["used"])
-    v.clear(f["counts"], v.mul(f["experts"], 16))
-
-    def chosen(assignment):
-        return v.load(v.add(f["chosen"], v.mul(assignment, 8)), I64)
-
-    def count_up(expert, which):
-        there = v.add(f["counts"], v.mul(expert, 16), 8 * which)
-        before = v.load(there, I64)
-        v.store(there, v.add(before, 1), 8)
-        return before
-
-    with v.loop(0, total) as a:
-        count_up(chosen(a), 0)
-        with v.when(v.compare(a, "<", prompt)):
-            count_up(chosen(a), 1)
-    first, size = v.variable(I64(0)), v.variable(I64(0))
-    with v.loop(0, f["experts"]) as expert:
-        there = v.add(f["counts"], v.mul(expert, 16))
-        count, prompts = v.load(there, I64), v.load(v.add(there, 8), I64)
-        v.store(there, v.get(first), 8)  # from now on the next place
-        with v.when(v.compare(count, ">", 0)):
-            group = v.add(f["groups"], v.mul(v.get(size), 8 * len(GROUP)))
-            for k, value in enumerate((expert, v.get(first), prompts, count)):
-                v.store(v.add(group, 8 * k), value, 8)
-            v.set(size, v.add(v.get(size), 1))
-            v.set(first, v.add(v.get(first), count))
-    v.store(f["size"], v.get(size), 8)
-    with v.loop(0, total) as a:
-        place = count_up(chosen(a), 0)
-        v.store(v.add(f["order"], v.mul(place, 8)), a, 8)
-        v.store(v.add(f["place"], v.mul(a, 8)), place, 8)
 
 
 @emitter("glu_experts")
