@@ -110,6 +110,7 @@ def _warm_experts(ops: Any, part: Any, x: Any, wide: Any) -> None:
         ops.route(ops.buffer(1, 1), 1, 0, routes)
         ops.glu_experts(x, 1, 0, part, part, ACTIVATIONS[0], routes, wide)
         ops.add_experts(wide, 1, 0, part, routes, x)
+        ops.weigh(x, 1, ops.buffer(1, 1))
 
 
 def _zeros(kind: int) -> Any:
