@@ -17,8 +17,9 @@ OPTIONS = {
 }
 STREAM = "layer-stream:budget=60%"
 EXACT = [name for name in discovery.BUILTIN if name in OPTIONS or discovery.describe(name).exact is True]
+ELSEWHERE = ("layer-stream", "kv-window")  # beside each other one here; in test_kv_window.py
 OTHERS = [
-    *(f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in EXACT if name != "layer-stream"),
+    *(f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in EXACT if name not in ELSEWHERE),
     Copies,
     Together,
     Sees,

@@ -54,11 +54,14 @@ def serve(app: Any, engine: Engine, opened: socket.socket, ready: Callable[[], A
         app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="error",
         access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
     )  # fmt: skip
-    before = signal.signal(signal.SIGTERM, _ended)  # uvicorn raises it once more when it has shut down
+    # uvicorn raises what came once more when it has shut down; a shell may have let SIGINT be ignored.
+    heeded = {signal.SIGTERM: _ended, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
     try:
         _Server(config, engine, ready).run([opened])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         engine.stop()
 
 

@@ -191,7 +191,8 @@ def test_extreme_blocks(name, kind):
     assert np.isfinite(y).all()
     # What rounding may cost grows with the largest weight that a row's scales can say, not with its own.
     reach = np.concatenate([np.repeat(abs(exact[:-8]).reshape(9, -1).max(1), 10), abs(exact[-8:]).max(1)])
-    assert (abs(y - seen @ exact.T) <= 1e-6 * reach * abs(seen).sum(1)[:, None]).all()
+    # Below the least normal number products lose bits.
+    assert (abs(y - seen @ exact.T) <= 1e-6 * reach * abs(seen).sum(1)[:, None] + 1e-40).all()
     assert (y[1] == 0).all()
 
 

@@ -89,6 +89,8 @@ GATES = {
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu_erf": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
+    # Twice, as the other factor here, 1, becomes 2.
+    "swiglu_oai": lambda x: 2 * np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
 }
 ENDS = np.array([0, -0.0, 1e-30, -1e-30, 60, -60, 90, -90, 1e4, -1e4, 1e30, -1e30], np.float32)
 
@@ -112,6 +114,14 @@ def test_gates_of_extreme_values(act):
         wanted = GATES[act](x.astype(np.float64))
     wanted = np.where(np.isfinite(wanted), wanted, np.maximum(x, 0))  # where the definition itself overflows
     np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=1e-5)
+
+
+def test_swiglu_oai_holds_the_other_factor_between_bounds():
+    up = np.concatenate([np.linspace(-12, 12, 401, dtype=np.float32), ENDS])
+    y = np.full_like(up, 3.0)
+    kernel("gate:swiglu_oai")(y, up, 0, 0, len(up))
+    wanted = 3 / (1 + math.exp(-1.702 * 3)) * (1 + np.clip(up.astype(np.float64), -7, 7))
+    np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 33, 200])
