@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from cmr.arena import Arena
 from cmr.config import Config
 from cmr.errors import RequestError
+from cmr.feed import Dense, Mixture, add_branch
 from cmr.ops.records import RopeTable
-from cmr.ops.table import Experts, Ops
+from cmr.ops.table import Ops
 from cmr.replay import Replay
 from cmr.rope import Rope
 from cmr.weights import Layer, Weights
@@ -26,7 +27,7 @@ class Forward:
 
     def __init__(self, ops: Ops, config: Config, weights: Weights, max_rows: int) -> None:
         self.ops, self.config, self.weights, self.max_rows = ops, config, weights, max_rows
-        self.experts = cast(Experts, ops)
+        self.dense, self.mixture = Dense(ops, config), Mixture(ops, config)
         self._arena: Arena | None = None
         self._headed = False  # whether logits hold those of all rows already
         self._replay = Replay(ops)
@@ -183,59 +184,16 @@ class Forward:
 
     def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
         """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
-        n, n_prompt = len(step.tokens), step.n_prompt
-        feed, add_feed = (
-            (self._chosen, self._add_chosen) if layer.ffn_gate_inp else (self._glu, self._add_feed)
-        )
+        n, n_prompt, config = len(step.tokens), step.n_prompt, self.config
+        feed: Dense | Mixture = self.mixture if layer.ffn_gate_inp else self.dense
         self._attention(plan, step, layer, arena)
-        if self.config.parallel_residual:
-            feed(layer, n, n_prompt, arena)
-        self._add(arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm, arena)
-        if not self.config.parallel_residual:
-            feed(layer, n, n_prompt, arena)
-        add_feed(layer, n, n_prompt, arena)
-
-    def _glu(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
-        """inner = activation(gate) * up of the normalized rows."""
-        pair = layer.ffn_gate, layer.ffn_up, self.config.activation
-        self.ops.glu(arena.hidden, n, n_prompt, *pair, arena.inner, norm=layer.ffn_norm)
-
-    def _add_feed(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
-        self._add(arena.inner, n, n_prompt, layer.ffn_down, layer.post_ffw_norm, arena)
-
-    def _chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
-        """As _glu, by the experts that each row chooses; inner holds what they give."""
-        choices, norm = arena.choices, layer.ffn_norm
-        self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp, choices, norm=norm)
-        self.experts.route(choices, n, n_prompt, arena.routes, layer.exp_probs_b)
-        pair = layer.ffn_gate, layer.ffn_up, self.config.activation, arena.routes
-        self.experts.glu_experts(arena.hidden, n, n_prompt, *pair, arena.inner, norm=norm)
-        for gate, up in zip(layer.ffn_gate_shexp, layer.ffn_up_shexp):  # one, or none
-            self.ops.glu(arena.hidden, n, n_prompt, gate, up, self.config.activation, arena.shared, norm=norm)
-        if layer.ffn_gate_inp_shexp:
-            self.ops.project(arena.hidden, n, n_prompt, layer.ffn_gate_inp_shexp, arena.weighs, norm=norm)
-            self.experts.weigh(arena.shared, n, arena.weighs)
-
-    def _add_chosen(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
-        """hidden += what the chosen experts give, normalized before it is added where there is a norm."""
-        (down,), norm, scale = layer.ffn_down, layer.post_ffw_norm, self.config.residual_scale
-        out, scale_out = (arena.hidden, scale) if norm is None else (arena.spare, 1.0)
-        self.experts.add_experts(
-            arena.inner, n, n_prompt, down, arena.routes, out, add=norm is None, scale=scale_out
-        )
-        if layer.ffn_down_shexp:
-            self.ops.project(arena.shared, n, n_prompt, layer.ffn_down_shexp, out, add=True, scale=scale_out)
-        if norm is not None:
-            self.ops.add_norm(out, n, norm, arena.hidden, scale)
-
-    def _add(self, x: Any, n: int, n_prompt: int, parts: Any, norm: Any, arena: Arena) -> None:
-        """hidden += residual_scale * parts @ x, normalized before it is added where there is a norm."""
-        scale = self.config.residual_scale
-        if norm is None:
-            self.ops.project(x, n, n_prompt, parts, arena.hidden, add=True, scale=scale)
-        else:
-            self.ops.project(x, n, n_prompt, parts, arena.spare)
-            self.ops.add_norm(arena.spare, n, norm, arena.hidden, scale)
+        if config.parallel_residual:
+            feed.begin(layer, n, n_prompt, arena)
+        mixed = arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm
+        add_branch(self.ops, *mixed, arena, config.residual_scale)
+        if not config.parallel_residual:
+            feed.begin(layer, n, n_prompt, arena)
+        feed.end(layer, n, n_prompt, arena)
 
     def _attention(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
         """mixed = attention over each part's cache, which takes the new keys and values first."""

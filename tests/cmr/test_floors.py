@@ -19,7 +19,7 @@ FLOORS = [
     {"kvcache", "shapes", "tokenizer", "sampling", "chat", "sequence", "stats", "answer", "plots"},
     {"diskcache"},
     {"tiers", "weights", "arena"},
-    {"replay"},
+    {"replay", "feed"},
     {"forward"},
     {"model", "discovery", "blame", "calls", "scheduler"},
     {"plan", "defaults"},
