@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from cmr import AttnRule, PluginError, hookimpl, plugin
-from cmr_plugins.windows import evict
+from cmr_plugins.windows import evict, rule_of
 
 
 @plugin
@@ -27,9 +27,8 @@ class KvWindow:
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Find the layers whose rule has a window; refuse a plan without any."""
-        plan = session.plan
-        rules = {layer: getattr(plan.attend[layer], "__self__", None) for layer in plan.layers}
-        self.rules = {n: rule for n, rule in rules.items() if isinstance(rule, AttnRule) and rule.window}
+        rules = {layer: rule_of(session.plan, layer) for layer in session.plan.layers}
+        self.rules = {layer: rule for layer, rule in rules.items() if rule is not None and rule.window}
         if not self.rules:
             raise PluginError("kv-window: no layer of this model has a window; leave the plugin out")
 

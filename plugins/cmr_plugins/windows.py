@@ -6,9 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from cmr import AttnRule
+
 # Kernels add up slots in runs of this many. Only whole runs are evicted, so that what stays lies at the same
 # place in its run and a row's result has the same bits with eviction and without.
 RUN = 512
+
+
+def rule_of(plan: Any, layer: int) -> AttnRule | None:
+    """Return the rule that a layer's attention obeys; None where a plugin's own function attends."""
+    rule = getattr(plan.attend[layer], "__self__", None)
+    return rule if isinstance(rule, AttnRule) else None
 
 
 def evict(cache: Any, cached: int, window: int, sinks: int = 0, spare: int = 0) -> int:

@@ -15,7 +15,6 @@ from cmr.ops.records import Matrix, Norm, Part
 from cmr.ops.table import Ops
 from cmr.shapes import BLOCK_NORMS, HEAD_NORMS, check_tensors, names_by_layer, qkv_rows
 
-# A weight and its bias, as the op table takes them.
 # A tensor and the address of its bytes; None: where the file is mapped.
 Placed = Mapping[str, tuple[Tensor, int | None]]
 

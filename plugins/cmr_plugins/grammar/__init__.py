@@ -39,7 +39,7 @@ class Grammar:
     ] = None
 
     def __post_init__(self) -> None:
-        self.library = _library()
+        self.llguidance = _llguidance()
         self.source = one_of({kind: getattr(self, kind) for kind in KINDS})
         if self.file is not None:
             if self.source is not None:
@@ -56,7 +56,7 @@ class Grammar:
     @property
     def settled(self) -> tuple[str, ...]:
         """What decides masks beside the options: the library's version, and what was in the file."""
-        version = f"llguidance {self.library.__version__}"
+        version = f"llguidance {self.llguidance.__version__}"
         if self.source is None:
             return (version,)
         kind, text = self.source
@@ -133,9 +133,9 @@ class Grammar:
             return None
         matcher = self.ready.get(source)
         if matcher is None:
-            limits = self.library.LLParserLimits(step_max_items=ITEMS, verbose_errors=False)
+            limits = self.llguidance.LLParserLimits(step_max_items=ITEMS, verbose_errors=False)
             tokenizer, lark = ll_tokenizer(self.tokenizer), lark_of(*source)
-            matcher = self.library.LLMatcher(tokenizer, lark, log_level=0, limits=limits)
+            matcher = self.llguidance.LLMatcher(tokenizer, lark, log_level=0, limits=limits)
             if matcher.is_error():
                 raise ValueError(f"the {source[0]} cannot be used: {first_line(matcher.get_error())}")
             self.ready[source] = matcher
@@ -146,7 +146,7 @@ class Grammar:
         return matcher
 
 
-def _library() -> Any:
+def _llguidance() -> Any:
     """Import llguidance, or say how to get it."""
     try:
         return importlib.import_module("llguidance")

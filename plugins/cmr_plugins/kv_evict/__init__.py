@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from cmr import AttnRule, LayerCache, PluginError, hookimpl, plugin
+from cmr import LayerCache, PluginError, hookimpl, plugin
 from cmr_plugins.bounded import Bounded
 from cmr_plugins.kv_evict.borders import Borders
 from cmr_plugins.kv_evict.budgets import by_layer
 from cmr_plugins.kv_evict.held import Held
 from cmr_plugins.kv_evict.policies import POLICIES
+from cmr_plugins.windows import rule_of
 
 STORED = "a stored prompt would skip the cuts inside it; leave chunk out"
 
@@ -84,8 +85,7 @@ class KvEvict:
                 )
             if self.heads and type(cache).attend is not LayerCache.attend:
                 raise PluginError(f"kv-evict with heads cannot run beside {owner}; leave heads out")
-            ruled = isinstance(getattr(plan.attend[layer], "__self__", None), AttnRule)
-            if self.heads and not ruled:
+            if self.heads and rule_of(plan, layer) is None:
                 raise PluginError(
                     f"kv-evict with heads cannot run beside {plan.owners['attention'][layer]}, whose attention "
                     "sees the slots of all heads alike; leave heads out"

@@ -15,7 +15,7 @@ from cmr.evidence import UNIT, Notes
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
-from cmr.ops.portable_experts import PortableExperts
+from cmr.ops.portable_experts import PortableExperts, sigmoid
 from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, Part, RopeTable, Segment, make_buffer, zeros
 from cmr.ops.table import FEATURES
 from cmr.quants import row_bytes
@@ -334,10 +334,6 @@ def _softmax(scores: np.ndarray, softcap: float, sinks: np.ndarray | None) -> np
     return weights / weights.sum(0)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
-
-
 def _gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -347,9 +343,9 @@ def _gelu_erf(x: np.ndarray) -> np.ndarray:
 
 
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "silu": lambda x: x * _sigmoid(x),
+    "silu": lambda x: x * sigmoid(x),
     "gelu": _gelu,
     "gelu_erf": _gelu_erf,
     "relu2": lambda x: np.maximum(x, 0) ** 2,
-    "swiglu_oai": lambda x: np.minimum(x, 7) * _sigmoid(1.702 * np.minimum(x, 7)),
+    "swiglu_oai": lambda x: np.minimum(x, 7) * sigmoid(1.702 * np.minimum(x, 7)),
 }

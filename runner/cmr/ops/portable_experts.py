@@ -22,11 +22,11 @@ class PortableExperts(PortablePages):
         return Routes(rows, router)
 
     def route(self, x: Buffer, n: int, n_prompt: int, routes: Routes, bias: np.ndarray | None = None) -> None:
-        experts, used, normalized, scale, sigmoid = routes.router
+        experts, used, normalized, scale, sigmoids = routes.router
         finite = np.nan_to_num(x.array[:n, :experts], nan=float(np.finfo(np.float32).min))
         for row, logits in enumerate(finite.astype(np.float64)):
-            weights = 0.5 + 0.5 * np.tanh(0.5 * logits) if sigmoid else np.exp(logits - logits.max())
-            whole = 1.0 if sigmoid else weights.sum()
+            weights = sigmoid(logits) if sigmoids else np.exp(logits - logits.max())
+            whole = 1.0 if sigmoids else weights.sum()
             scores = logits if bias is None else weights / whole + bias
             best = np.argsort(-scores, kind="stable")[:used]
             total = weights[best].sum() if normalized else whole
@@ -37,7 +37,7 @@ class PortableExperts(PortablePages):
         routes.place[order] = np.arange(count)
 
     def weigh(self, x: Buffer, n: int, logits: Buffer) -> None:
-        x.array[:n] *= 0.5 + 0.5 * np.tanh(0.5 * logits.array[:n, :1].astype(np.float64))
+        x.array[:n] *= sigmoid(logits.array[:n, :1].astype(np.float64))
 
     def glu_experts(
         self,
@@ -95,3 +95,8 @@ class PortableExperts(PortablePages):
             )
             found = self._experts[id(matrix), index] = matrix, one
         return found[1], None if bias is None else bias[index * rows : (index + 1) * rows]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)), which overflows nowhere in this form."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)

@@ -8,10 +8,11 @@ places; prompt rows come first, so those of one expert do too. What lies where, 
     groups[size]         expert, first place, places of prompt rows, places
 """
 
-from .emit import call_kernel, emitter, write
-from .jobs import INPUT, PART, PIECES, ROOM, behind, multiply, prepare_rows, read_fields
+from .emit import emitter, write
+from .jobs import INPUT, PART, PIECES, ROOM, begin_product, behind, gate_rows, multiply, read_fields
 from .product import RECORD, STEP
 from .routing import GROUP
+from .rows import store_scaled
 from .threads import COUNTERS, draw
 from .vector import F32, I64
 
@@ -25,14 +26,11 @@ COLUMNS = 256  # outputs that a thread adds up at a time
 @emitter("glu_experts")
 def glu_experts(v, args):
     """out[place] = act(gate @ norm(x)) * (up @ norm(x)) by each row's experts; fields GLU_EXPERTS."""
-    control, argument, me, team = args[:4]
-    f = read_fields(v, argument, GLU_EXPERTS)
-    padded = prepare_rows(v, f, me, team)
-    write(v, "barrier", control, team)
+    control, _, me, team = args[:4]
+    f, padded, scratch = begin_product(v, args, GLU_EXPERTS)
     places = v.mul(f["n"], f["used"])
     _spread(v, f, padded, places, me, team)
     write(v, "barrier", control, team)
-    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
     gate, up = (read_fields(v, v.add(f["parts"], 8 * len(PART) * k), PART) for k in (0, 1))
     inputs = {"floats": f["place_floats"], "records": f["place_records"], "side": places}
 
@@ -43,10 +41,7 @@ def glu_experts(v, args):
         for part, target, stride in ((gate, out, f["out_stride"]), (up, y, f["y_stride"])):
             multiply(v, tokens, _of_expert(v, part, skipped), padded, target, stride, first, last, scratch)
         biases = [behind(v, part["bias"], v.add(skipped, first)) for part in (gate, up)]
-        with v.loop(0, group["count"]) as t:
-            there = v.add(out, v.mul(t, f["out_stride"]), v.mul(first, 4))
-            source = v.add(y, v.mul(t, f["y_stride"]), v.mul(first, 4))
-            call_kernel(v, f["gate"], there, source, *biases, v.sub(last, first))
+        gate_rows(v, f, out, y, group["count"], first, last, biases)
 
     _draw_blocks(v, f, v.add(control, COUNTERS), body)
 
@@ -96,11 +91,8 @@ def _draw_blocks(v, f, counter, body):
 @emitter("add_experts")
 def add_experts(v, args):
     """out = scale * sum of weight * (W @ x + b) over the places of each row, or +=; fields ADD_EXPERTS, x by place."""
-    control, argument, me, team = args[:4]
-    f = read_fields(v, argument, ADD_EXPERTS)
-    padded = prepare_rows(v, f, me, team)
-    write(v, "barrier", control, team)
-    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    control, _, me, team = args[:4]
+    f, padded, scratch = begin_product(v, args, ADD_EXPERTS)
     part = read_fields(v, f["parts"], PART)
     inputs = {"floats": f["floats"], "records": f["records"], "side": f["n"]}
 
@@ -137,11 +129,6 @@ def _add_up(v, f, part, row, first, count):
                 v.set(value, v.b.fadd(v.get(value), v.load_vector(bias, lanes)))
             weight = v.splat(v.load(v.add(f["weights"], v.mul(a, 4)), F32), lanes)
             v.set(total, v.fma(weight, v.get(value), v.get(total)))
-        there, factor = v.add(out, v.mul(at, 4)), v.splat(v.f32_bits(f["scale"]), lanes)
-        with v.b.if_else(adding) as (yes, no):
-            with yes:
-                v.store(there, v.fma(factor, v.get(total), v.load_vector(there, lanes)), 4)
-            with no:
-                v.store(there, v.b.fmul(factor, v.get(total)), 4)
+        store_scaled(v, v.add(out, v.mul(at, 4)), v.get(total), f["scale"], adding)
 
     v.chunks(count, body)

@@ -66,7 +66,24 @@ def spans(v, counter, rows, me, team, body):
         v.set(high, v.choose(final, end, v.smin(v.add(v.get(low), size), end)))
 
 
-def prepare_rows(v, f, me, team):
+def begin_product(v, args, names):
+    """Read a job's fields and prepare its rows; the fields, the padded columns, and this thread's scratch."""
+    control, argument, me, team = args[:4]
+    f = read_fields(v, argument, names)
+    padded = _prepare_rows(v, f, me, team)
+    write(v, "barrier", control, team)
+    return f, padded, v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+
+
+def gate_rows(v, f, out, y, n, first, last, biases):
+    """out = act(out) * y in columns `first` to `last` of n rows, biases added first."""
+    with v.loop(0, n) as t:
+        there = v.add(out, v.mul(t, f["out_stride"]), v.mul(first, 4))
+        source = v.add(y, v.mul(t, f["y_stride"]), v.mul(first, 4))
+        call_kernel(v, f["gate"], there, source, *biases, v.sub(last, first))
+
+
+def _prepare_rows(v, f, me, team):
     """Norm, pad and quantize this thread's rows as the products read them; the padded number of columns."""
     padded = v.b.and_(v.add(f["columns"], STEP - 1), v.i(-STEP))
     norm = read_fields(v, f["norm"], ("kind", "weight", "bias", "eps"))
@@ -114,11 +131,8 @@ def behind(v, bias, first):
 @emitter("project")
 def project(v, args):
     """out = scale * (W @ norm(x) + b), or +=; fields PROJECT, a row of PART for each matrix."""
-    control, argument, me, team = args[:4]
-    f = read_fields(v, argument, PROJECT)
-    padded = prepare_rows(v, f, me, team)
-    write(v, "barrier", control, team)
-    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    control, _, me, team = args[:4]
+    f, padded, scratch = begin_product(v, args, PROJECT)
     direct = v.compare(f["direct"], "!=", 0)
     y, y_stride = v.choose(direct, f["out"], f["y"]), v.choose(direct, f["out_stride"], f["y_stride"])
     with v.loop(0, f["count"]) as k:
@@ -141,11 +155,8 @@ def project(v, args):
 @emitter("glu")
 def glu(v, args):
     """out = act(gate @ norm(x)) * (up @ norm(x)); fields GLU, two rows of PART: gate and up."""
-    control, argument, me, team = args[:4]
-    f = read_fields(v, argument, GLU)
-    padded = prepare_rows(v, f, me, team)
-    write(v, "barrier", control, team)
-    scratch = v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
+    control, _, me, team = args[:4]
+    f, padded, scratch = begin_product(v, args, GLU)
     gate = read_fields(v, f["parts"], PART)
     up = read_fields(v, v.add(f["parts"], 8 * len(PART)), PART)
 
@@ -153,10 +164,7 @@ def glu(v, args):
         multiply(v, f, gate, padded, f["out"], f["out_stride"], first, last, scratch)
         multiply(v, f, up, padded, f["y"], f["y_stride"], first, last, scratch)
         biases = behind(v, gate["bias"], first), behind(v, up["bias"], first)
-        with v.loop(0, f["n"]) as t:
-            there = v.add(f["out"], v.mul(t, f["out_stride"]), v.mul(first, 4))
-            source = v.add(f["y"], v.mul(t, f["y_stride"]), v.mul(first, 4))
-            call_kernel(v, f["gate"], there, source, *biases, v.sub(last, first))
+        gate_rows(v, f, f["out"], f["y"], f["n"], first, last, biases)
 
     spans(v, v.add(control, COUNTERS), gate["rows"], me, team, body)
 

@@ -137,15 +137,19 @@ def finish(v, args):
         slot = v.variable(v.load_vector(v.add(y, offset), lanes))
         with v.when(has_bias):
             v.set(slot, v.b.fadd(v.get(slot), v.load_vector(v.add(bias, offset), lanes)))
-        factor = v.splat(v.f32_bits(scale), lanes)
-        there = v.add(out, offset)
-        with v.b.if_else(adding) as (yes, no):
-            with yes:
-                v.store(there, v.fma(factor, v.get(slot), v.load_vector(there, lanes)), 4)
-            with no:
-                v.store(there, v.b.fmul(factor, v.get(slot)), 4)
+        store_scaled(v, v.add(out, offset), v.get(slot), scale, adding)
 
     v.chunks(count, body)
+
+
+def store_scaled(v, there, value, scale, adding):
+    """Store scale * value at an address, or add it to what is there; scale as bits."""
+    factor = v.splat(v.f32_bits(scale), value.type.count)
+    with v.b.if_else(adding) as (yes, no):
+        with yes:
+            v.store(there, v.fma(factor, value, v.load_vector(there, value.type.count)), 4)
+        with no:
+            v.store(there, v.b.fmul(factor, value), 4)
 
 
 def _silu(v, x):
