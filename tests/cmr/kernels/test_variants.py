@@ -155,6 +155,8 @@ def chosen(monkeypatch):
                 patch.delenv(name)
             for name, value in environment.items():
                 patch.setenv(name, value)
+            # Where numba is imported a choice sets what it compiles for, and this process has made its own.
+            patch.delitem(sys.modules, "numba", raising=False)
             return detect().variant, os.environ.get("NUMBA_CPU_NAME")
 
     return ask
@@ -175,6 +177,14 @@ def test_the_best_variant_is_chosen(chosen):
     assert chosen() == (BEST, None)
     for variant in filter(able, VARIANTS):
         assert chosen(CMR_CPU=variant)[0] == variant
+
+
+def test_asking_leaves_alone_what_numba_compiles_for_here(chosen):
+    from numba import config
+
+    before = config.CPU_NAME, config.CPU_FEATURES
+    assert chosen(CMR_CPU="plain") == ("plain", "x86-64")
+    assert before == (config.CPU_NAME, config.CPU_FEATURES)
 
 
 def test_a_variant_that_does_not_exist_is_refused(chosen):
