@@ -41,6 +41,9 @@ class Recipe:
     shared: str = ""  # "plain" or "weighed": all rows go through one expert more, of twice the width
     probs_bias: bool = False
     sinks: bool = False
+    vocabulary: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # metadata of one; none: VOCAB ids without texts
     type: str = "F32"
 
     def at(self, name: str, layer: int) -> int:
@@ -78,14 +81,14 @@ class _Maker:
             names = ("expert_count", "expert_used_count", "expert_feed_forward_length")
             sizes |= dict(zip(names, (*r.experts, r.expert_inner), strict=True))
         keys = {f"{r.arch}.{key}": _value(value) for key, value in (sizes | dict(r.meta)).items()}
-        return {"general.architecture": r.arch, "general.name": "tiny"} | keys
+        return {"general.architecture": r.arch, "general.name": "tiny"} | keys | dict(r.vocabulary)
 
     def tensors(self) -> dict[str, np.ndarray | Blocks]:
-        r = self.recipe
-        self.matrix("token_embd", VOCAB, r.width, size=1.0)
+        r, entries = self.recipe, len(self.recipe.vocabulary.get("tokenizer.ggml.tokens", ())) or VOCAB
+        self.matrix("token_embd", entries, r.width, size=1.0)
         self.norm("output_norm", r.width)
         if not r.tied:
-            self.matrix("output", VOCAB, r.width)
+            self.matrix("output", entries, r.width)
         for name in r.factors:
             factors = self.rng.uniform(1, 6, r.meta.get("rope.dimension_count", r.dim) // 2)
             self.made[f"rope_{name}.weight"] = factors.astype(np.float32)

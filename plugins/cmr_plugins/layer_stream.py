@@ -14,7 +14,18 @@ import numpy as np
 
 from cmr import PluginError, hookimpl, plugin
 from cmr_plugins.sizes import read_size
-from cmr_plugins.weight_reader import PAGE, Files, Memory, Ring, Unit, unit_of
+from cmr_plugins.weight_budget import (
+    budget_of,
+    compute_rate,
+    forget,
+    forget_map,
+    looked_up_only,
+    mb,
+    unreadable,
+)
+from cmr_plugins.weight_reader import Files, Memory, Ring, Unit, unit_of
+
+NAME = "layer-stream"
 
 SLOTS = 2  # one is computed on while the other is filled
 SAMPLE_SECONDS, SAMPLE_BYTES = 0.4, 1 << 29
@@ -37,14 +48,7 @@ class LayerStream:
     @hookimpl
     def weight_source(self, model: Any) -> Source:
         """Divide the weights into what stays and what is read; refuse a budget that makes no sense."""
-        if not hasattr(model.file, "files"):
-            raise PluginError("layer-stream reads weights from a GGUF file, and this model has none")
-        if any(file.copied for file in model.file.files):
-            raise PluginError(
-                "layer-stream saves memory, and the file was read into memory whole; map it instead"
-            )
-        budget = int(self.share if self.share > 0 else -self.share * model.file.nbytes)
-        self.source = Source(model, budget)
+        self.source = Source(model, budget_of(NAME, model, self.share))
         return self.source
 
     @hookimpl
@@ -58,8 +62,8 @@ class LayerStream:
         streamed = sum(unit.nbytes for unit in source.order)
         self.predicted = 1 / max(streamed / disk, source.used_bytes(session.plan.layers) / compute)
         sys.stderr.write(
-            f"layer-stream: {_mb(source.kept_bytes)} stay in memory, {_mb(streamed)} are read for each step "
-            f"at {_mb(disk)}/s: about {self.predicted:.3g} tok/s\n"
+            f"layer-stream: {mb(source.kept_bytes)} stay in memory, {mb(streamed)} are read for each step "
+            f"at {mb(disk)}/s: about {self.predicted:.3g} tok/s\n"
         )
 
     @hookimpl
@@ -113,7 +117,7 @@ class Source:
         order = [self.units[layer] for layer in layers] + self.pieces
         self.order = [unit for unit in order if unit not in self.kept]
         self.first = layers[0]
-        self._forget_map()
+        forget_map(self.model)
         self.files = Files({extent.path for unit in order for extent in unit.extents})
         slots = [Memory(max(unit.size for unit in order)) for _ in range(SLOTS)]
         try:
@@ -126,7 +130,7 @@ class Source:
                     self.files.read(unit, slots[0])
         except OSError as error:
             self.files.close()
-            raise _unreadable(error) from None
+            raise unreadable(NAME, error) from None
         self.ring = Ring(self.files, self.order or order[:1], slots)
         self._stop = weakref.finalize(self, self.ring.stop)
 
@@ -136,8 +140,8 @@ class Source:
         """Return a layer's record, once its bytes are in memory."""
         if self.ring is None:
             self.start(range(self.model.n_layers))
-        if layer == self.first:
-            self._forget_embeddings()
+        if layer == self.first and (self.pieces or looked_up_only(self.plain)):
+            forget(self.plain.token_embd.owner)
         unit = self.units[layer]
         place, address = self._place(unit)
         key = (layer, place)
@@ -175,7 +179,7 @@ class Source:
         try:
             slot = self.ring.acquire(unit)
         except OSError as error:
-            raise _unreadable(error) from None
+            raise unreadable(NAME, error) from None
         return slot, self.ring.slots[slot].address
 
     def _release(self, unit: Unit) -> None:
@@ -206,13 +210,13 @@ class Source:
         least = self.fixed + SLOTS * max(unit.size for unit in every)
         if total <= budget:
             raise PluginError(
-                f"layer-stream: all {_mb(total)} of weights fit in the budget of {_mb(budget)}; leave the plugin out"
+                f"layer-stream: all {mb(total)} of weights fit in the budget of {mb(budget)}; leave the plugin out"
             )
         if budget < least:
-            output = f" and the output matrix of {_mb(self.fixed)}" if self.fixed else ""
+            output = f" and the output matrix of {mb(self.fixed)}" if self.fixed else ""
             raise PluginError(
-                f"layer-stream: a budget of {_mb(budget)} does not hold two layers{output}; "
-                f"it takes {_mb(least)} at least"
+                f"layer-stream: a budget of {mb(budget)} does not hold two layers{output}; "
+                f"it takes {mb(least)} at least"
             )
         room, owed, kept = budget - least, 0.0, set()
         share = room / (total - self.fixed)
@@ -226,22 +230,6 @@ class Source:
                 room -= unit.size
                 kept.add(unit)
         return kept
-
-    # -- the mapped file --
-
-    def _forget_map(self) -> None:
-        """Take what was looked at in the mapped files out of memory."""
-        for file in self.model.file.files:
-            file.advise("MADV_DONTNEED")
-
-    def _forget_embeddings(self) -> None:
-        """Take the rows that were looked up out of memory."""
-        table = self.plain.token_embd.owner
-        if self.fixed and table is self.plain.output[0][0].owner:
-            return
-        start = -(-table.offset // PAGE) * PAGE
-        for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE", "MADV_DONTNEED"):
-            table.source.advise(advice, start, table.nbytes - (start - table.offset))
 
 
 def moved(ops: Any, layer: Any, unit: Unit, address: int) -> Any:
@@ -289,28 +277,10 @@ def _slice(bias: Any, start: int, stop: int) -> Any:
 
 def _compute_rate(session: Any, source: Source) -> float:
     """Bytes of weights a second that a generated token is multiplied by where they need not be read first."""
-    layer = next(
-        (i for i in session.plan.layers if source.units[i] in source._memory), session.plan.layers[0]
-    )
+    layers = session.plan.layers
+    layer = next((i for i in layers if source.units[i] in source._memory), layers[0])
     record = source.acquire(layer)
     still = SimpleNamespace(acquire=lambda _: record, release=lambda _: None)
-    plan = dataclasses.replace(session.plan, weights=still, layers=(layer,), on_layer=(), on_attention=())
-    seq = SimpleNamespace(caches={layer: session.plan.caches[layer]()})
-    best = float("inf")
-    for pos in range(6):
-        tokens, place = np.zeros(1, np.int32), np.array([pos], np.int32)
-        part = SimpleNamespace(seq=seq, tokens=tokens, pos=place, draft=[], prompt=False, want=0)
-        step = SimpleNamespace(parts=[part], tokens=tokens, pos=place, n_prompt=0, spans=[slice(0, 1)])
-        began = perf_counter()
-        session.model.forward(plan, step)
-        best = min(best, perf_counter() - began)
+    rate = compute_rate(session, still, layer)
     source.release(layer)
-    return record.nbytes / best
-
-
-def _unreadable(error: OSError) -> PluginError:
-    return PluginError(f"layer-stream: weights cannot be read: {error.strerror or error}")
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
+    return rate

@@ -35,6 +35,7 @@ BUILTIN = {
     "budget": "cmr_plugins.budget:Budget",
     "context": "cmr_plugins.context:Context",
     "early-exit": "cmr_plugins.early_exit:EarlyExit",
+    "expert-stream": "cmr_plugins.expert_stream:ExpertStream",
     "grammar": "cmr_plugins.grammar:Grammar",
     "kv-auto": "cmr_plugins.kv_auto:KvAuto",
     "kv-evict": "cmr_plugins.kv_evict:KvEvict",

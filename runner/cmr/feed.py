@@ -33,11 +33,15 @@ class Mixture:
     def __init__(self, ops: Ops, config: Config) -> None:
         self.ops, self.config = cast(Experts, ops), config
 
+    def choose(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
+        """routes = which experts each of the normalized rows chooses."""
+        parts = layer.ffn_gate_inp
+        self.ops.project(arena.hidden, n, n_prompt, parts, arena.choices, norm=layer.ffn_norm)
+        self.ops.route(arena.choices, n, n_prompt, arena.routes, layer.exp_probs_b)
+
     def begin(self, layer: Layer, n: int, n_prompt: int, arena: Arena) -> None:
         """inner = what the chosen experts give inside, shared = what the one of all rows does."""
         x, norm, act = arena.hidden, layer.ffn_norm, self.config.activation
-        self.ops.project(x, n, n_prompt, layer.ffn_gate_inp, arena.choices, norm=norm)
-        self.ops.route(arena.choices, n, n_prompt, arena.routes, layer.exp_probs_b)
         pair = layer.ffn_gate, layer.ffn_up, act, arena.routes
         self.ops.glu_experts(x, n, n_prompt, *pair, arena.inner, norm=norm)
         for gate, up in zip(layer.ffn_gate_shexp, layer.ffn_up_shexp):

@@ -185,15 +185,27 @@ class Forward:
     def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
         """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
         n, n_prompt, config = len(step.tokens), step.n_prompt, self.config
-        feed: Dense | Mixture = self.mixture if layer.ffn_gate_inp else self.dense
         self._attention(plan, step, layer, arena)
         if config.parallel_residual:
-            feed.begin(layer, n, n_prompt, arena)
+            feed = self._inside(plan, step, layer, arena)
         mixed = arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm
         add_branch(self.ops, *mixed, arena, config.residual_scale)
         if not config.parallel_residual:
-            feed.begin(layer, n, n_prompt, arena)
+            feed = self._inside(plan, step, layer, arena)
         feed.end(layer, n, n_prompt, arena)
+
+    def _inside(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> Dense | Mixture:
+        """Begin the feed-forward part; a source that wants to know is told first which experts were chosen."""
+        rows = layer, len(step.tokens), step.n_prompt, arena
+        if not layer.ffn_gate_inp:
+            self.dense.begin(*rows)
+            return self.dense
+        self.mixture.choose(*rows)
+        choose = getattr(plan.weights, "choose", None)
+        if choose is not None:
+            self._replay.call(step, _chosen, choose, layer.index, arena.routes)
+        self.mixture.begin(*rows)
+        return self.mixture
 
     def _attention(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
         """mixed = attention over each part's cache, which takes the new keys and values first."""
@@ -252,6 +264,11 @@ class Forward:
             norm = self.weights.output_norm
             self.ops.project(x, n, n_prompt, parts, arena.logits, norm=norm, column=first)
         self.ops.finish_logits(arena.logits, n, self.config.logit_scale, self.config.logit_softcap)
+
+
+def _chosen(step: Any, choose: Any, layer: int, routes: Any) -> None:
+    """Say which experts the rows of a step chose in a layer."""
+    choose(layer, routes.experts(len(step.tokens)))
 
 
 def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:

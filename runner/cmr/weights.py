@@ -66,7 +66,9 @@ class Layer:
 class WeightSource(Protocol):
     """Who serves layers to the forward pass; between acquire and release a layer's bytes stay in place.
 
-    A source that also has output_pieces(), as Weights does, serves the output matrix too.
+    A source that also has output_pieces(), as Weights does, serves the output matrix too. One with
+    choose(layer, experts) is told which experts, int64 in increasing order, the rows of a step chose in a layer; when
+    that returns, their bytes must be in place.
     """
 
     def acquire(self, layer: int) -> Layer:

@@ -17,7 +17,8 @@ OPTIONS = {
 }
 STREAM = "layer-stream:budget=60%"
 EXACT = [name for name in discovery.BUILTIN if name in OPTIONS or discovery.describe(name).exact is True]
-ELSEWHERE = ("layer-stream", "kv-window")  # beside each other one here; in test_kv_window.py
+# The first is beside each other one here, the others have a test file each.
+ELSEWHERE = ("layer-stream", "kv-window", "expert-stream")
 OTHERS = [
     *(f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in EXACT if name not in ELSEWHERE),
     Copies,

@@ -10,8 +10,8 @@ from cmr.plan import spelled
 
 # Options under which a plugin is exact and has something to do here; the others run with their defaults.
 OPTIONS = {"budget": "answer=9", "stop-loop": "times=2,span=8,least=6"}
-# test_file_pairs.py has those that need a file, test_kv_window.py that which needs a model with windows.
-ELSEWHERE = ("layer-stream", "spec-draft", "spec-exit", "kv-window")
+# test_file_pairs.py has those that need a file; two need windows or experts and have a test file each.
+ELSEWHERE = ("expert-stream", "layer-stream", "spec-draft", "spec-exit", "kv-window")
 EXACT = [name for name in discovery.BUILTIN if name in OPTIONS or discovery.describe(name).exact is True]
 KINDS = [
     *(f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in EXACT if name not in ELSEWHERE),

@@ -179,6 +179,10 @@ class Routes:
         self.counts = np.zeros((router.experts, 2), np.int64)
         self.scores = np.zeros((rows, router.experts), np.float32)
 
+    def experts(self, rows: int) -> np.ndarray:
+        """Return those that the first `rows` rows chose, int64 in increasing order."""
+        return np.unique(self.chosen[: rows * self.router.used])
+
     @property
     def nbytes(self) -> int:
         """The bytes of the arrays."""
