@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, cast
 
@@ -100,6 +101,19 @@ def arena_bytes(config: Config, rows: int) -> int:
     routing = 4 * rows * config.router.experts + routes_bytes(rows, config.router) if config.router else 0
     routing += 4 * rows * (config.n_ff_shared + 1) if config.n_ff_shared else 0
     return 4 * (rows * sum(_widths(config)) + AMPLE * (config.n_embd + config.n_vocab)) + routing
+
+
+def products(config: Config, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield what the products of a step of prompt rows take in and add or gate, as Ops.scratch_bytes wants them."""
+    width, router = config.n_embd, config.router
+    yield rows, max(config.n_heads) * config.head_dim_v, rows, width
+    for layer, inner in enumerate(config.n_ff):
+        places = rows * router.used if router and layer in config.routed else rows
+        yield rows, width, places, inner
+        yield places, inner, places, width
+    if config.n_ff_shared:
+        yield rows, width, rows, config.n_ff_shared
+        yield rows, config.n_ff_shared, rows, width
 
 
 def _widths(config: Config) -> tuple[int, int, int, int, int]:

@@ -17,13 +17,22 @@ from cmr.stats import size
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted bytes: weights, KV for each further token, activations, and KV of `context` tokens, the most."""
+    """Predicted bytes: weights, KV for each further token and of `context` tokens, activations, scratch of kernels.
+
+    What the program itself takes, some 30 MB and the vocabulary, is not among them.
+    """
 
     weights: int
     kv_token: int
     activations: int
+    scratch: int
     context: int
     kv: int
+
+    @property
+    def beyond_weights(self) -> int:
+        """All but the weights, once a sequence has filled the context."""
+        return self.kv + self.activations + self.scratch
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,9 @@ def explain(plan: Plan) -> Iterator[str]:
             yield f"{hook:14} {', '.join(plan.names[hook])}"
     memory = plan.memory
     yield (
-        f"{'memory':14} weights {size(memory.weights)}; KV {size(memory.kv_token)} a token, "
-        f"{size(memory.kv)} at {memory.context}; activations {size(memory.activations)}"
+        f"{'memory':14} {size(memory.weights + memory.beyond_weights)} beside the program: "
+        f"weights {size(memory.weights)}; KV {size(memory.kv_token)} a token, {size(memory.kv)} at {memory.context}; "
+        f"activations {size(memory.activations)}; scratch {size(memory.scratch)}"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pluggy
 
 from cmr import hookspecs
-from cmr.arena import arena_bytes
+from cmr.arena import arena_bytes, products
 from cmr.blame import Blame
 from cmr.calls import ATTEND, guarded_attend, guarded_on_layer, reordered
 from cmr.defaults import BUILT_IN, Defaults
@@ -75,9 +75,6 @@ class _Asking:
         if drafter is not None:
             self._need_rollback(layers, samples)
         runtime = {hook: self._calls(hook) for hook in hookspecs.CALLS}
-        kv_token = sum(samples[layer].token_bytes for layer in layers)
-        kv = sum(_bytes_at(samples[layer], context) for layer in layers)
-        resident = getattr(weights, "resident_bytes", self.model.file.nbytes)
         return Plan(
             weights=weights,
             layers=layers,
@@ -88,9 +85,7 @@ class _Asking:
             owners=self.owners,
             names={hook: tuple(name for name, _ in calls) for hook, calls in runtime.items()},
             plugins=self.plugins,
-            memory=Memory(
-                resident, kv_token, arena_bytes(self.model.config, self.model.max_rows), context, kv
-            ),
+            memory=self._memory(weights, [samples[layer] for layer in layers], context),
             blame=self.blame,
             evidence=evidence,
             **{hook: tuple(call for _, call in calls) for hook, calls in runtime.items()},
@@ -115,6 +110,18 @@ class _Asking:
             if hook not in ("kv_cache", "attention", "layer_order"):
                 _need_methods(self.owner(hook), hook, answer)
         return answer
+
+    def _memory(self, weights: Any, caches: list[Any], context: int) -> Memory:
+        """What all of it takes when a sequence has filled the context."""
+        config, rows = self.model.config, self.model.max_rows
+        return Memory(
+            weights=getattr(weights, "resident_bytes", self.model.file.nbytes),
+            kv_token=sum(cache.token_bytes for cache in caches),
+            activations=arena_bytes(config, rows),
+            scratch=self.model.ops.scratch_bytes(products(config, rows)),
+            context=context,
+            kv=sum(_bytes_at(cache, context) for cache in caches),
+        )
 
     def owner(self, hook: str) -> str:
         """Who gave the latest answer at a seam."""

@@ -52,7 +52,15 @@ def test_memory_and_start_are_measured_in_processes_of_their_own(path, capsys):
     out, err = capsys.readouterr()
     (cost,) = json.loads(out)
     assert (cost["test"], cost["n_ctx"]) == ("memory", 64) and cost["bytes"] > cost["idle"] > 1e6
-    assert "with 64 tokens of context, memory beyond the file is" in err
+    assert "with 64 tokens of context, memory beyond the file is" in err and "MB predicted)" in err
+
+
+def test_predicted_memory_is_that_of_a_process_that_has_filled_the_context(path):
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("this system does not tell a process's memory")
+    found = footprint.memory(path, 1000, 2)
+    assert found["predicted"] == pytest.approx(found["bytes"], rel=0.05)
+    assert found["predicted"] - found["idle"] == pytest.approx(found["bytes"] - found["idle"], rel=0.2)
 
 
 def test_quality_is_told_against_float_activations(path, tmp_path, capsys):

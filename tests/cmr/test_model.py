@@ -11,7 +11,7 @@ from tests.models import RECIPES, VOCAB, Recipe, write_model
 from tests.reference import Reference
 
 from cmr import open_model
-from cmr.arena import Arena, arena_bytes
+from cmr.arena import Arena, arena_bytes, products
 from cmr.errors import CMRError, ModelError, RequestError
 from cmr.model import plain_plan
 from cmr.ops.records import Buffer
@@ -203,6 +203,22 @@ def test_activation_memory_is_foretold(model_of, name):
         if arena.routes:
             sizes += [array.nbytes for array in vars(arena.routes).values() if isinstance(array, np.ndarray)]
         assert sum(sizes) == arena.nbytes == arena_bytes(model.config, rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3moe", "qwen2moe", "gpt-oss", "granitemoe", "sizes-by-layer", "gemma2"]
+)
+def test_scratch_memory_is_foretold(model_of, name):
+    recipe = replace(RECIPES[name], type="Q8_0", width=256, inner=512, context=512)
+    model = model_of(recipe)
+    model.logits(np.arange(512) % VOCAB, chunk=512)
+    foretold = model.ops.scratch_bytes(products(model.config, 512))
+    if model.ops.name != "cpu":
+        assert foretold == 0
+        return
+    ops = model.ops
+    taken = sum(scratch.size for scratch in (ops._x, ops._y, ops._space, ops._spread, ops._partials))
+    assert foretold == pytest.approx(taken, rel=0.02)
 
 
 def test_activation_memory_is_known(model_of):

@@ -18,9 +18,10 @@ PROMPT = "Once upon a time"
 
 
 def memory(path: str, context: int, threads: int, plugins: Sequence[str] = ()) -> dict[str, int]:
-    """Return the bytes beyond mapped files of a process that has filled so much context.
+    """Return the bytes beyond mapped files of a process that has filled so much context, and holds it.
 
-    "idle" is what it took before the model was opened. Raises RequestError where the system cannot tell.
+    "idle" is what it took before the model was opened, "predicted" what it had when its session was open with what
+    the plan said it would take. Raises RequestError where the system cannot tell.
     """
     about = json.dumps({"path": path, "context": context, "threads": threads, "plugins": list(plugins)})
     return json.loads(_output([sys.executable, "-m", "cmr.bench.footprint", about]))
@@ -73,10 +74,16 @@ def _fill(about: dict[str, Any]) -> dict[str, int]:
     idle, size = resident(), about["context"]
     model = cmr.open_model(about["path"], threads=about["threads"], context=size)
     session = cmr.Session.open(model, about["plugins"])
+    opened, memory = resident(), session.plan.memory
     prompt = [(17 * i) % model.n_vocab for i in range(size - 8)]
-    for _ in session.generate(session.request(prompt, max_tokens=8, temp=0.0, ignore_eos=True)):
+    seq = session.add(session.request(prompt, max_tokens=8, temp=0.0, ignore_eos=True))
+    while session.step():
         pass
-    return {"bytes": resident(), "idle": idle}
+    if seq.error is not None:
+        raise seq.error
+    # The sequence holds its KV; weights that a plugin keeps in memory of its own are there once the session is.
+    taken = resident()
+    return {"bytes": taken, "idle": idle, "predicted": opened + memory.beyond_weights}
 
 
 if __name__ == "__main__":

@@ -77,4 +77,5 @@ def _quality(path: str, args: argparse.Namespace) -> Iterator[Cost]:
 
 
 def _megabytes(found: dict[str, Any]) -> str:
-    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} MB of it before the model was opened)"
+    foretold = f", {found['predicted'] / 1e6:.0f} MB predicted" if "predicted" in found else ""
+    return f"{found['bytes'] / 1e6:.0f} MB ({found['idle'] / 1e6:.0f} MB of it before the model was opened{foretold})"

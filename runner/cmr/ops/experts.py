@@ -7,7 +7,7 @@ import numpy as np
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import RECORD, STEP
 from cmr.ops.launcher import address_of, float_bits
-from cmr.ops.products import ProductOps
+from cmr.ops.products import ProductOps, steps
 from cmr.ops.records import Buffer, Norm, Part, Routes
 from cmr.quants import FORMATS
 from cmr.router import Router
@@ -53,8 +53,8 @@ class ExpertOps(ProductOps):
         router, places = routes.router, n * routes.router.used
         rows = gate[0].rows // router.experts
         plain = any(FORMATS[matrix.type].name in FLOATS for matrix, _ in (gate, up))
-        steps = (columns + STEP - 1) // STEP
-        floats, records = places * steps * 4 * STEP * plain, places * steps * RECORD * quantized
+        count = places * steps(columns)
+        floats, records = count * 4 * STEP * plain, count * RECORD * quantized
         room = self._spread.reach(floats + records)
         fields = (
             *self._input(x, 0, columns, n, n_prompt, norm, quantized),

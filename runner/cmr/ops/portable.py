@@ -246,6 +246,9 @@ class PortableOps(PortableExperts):
         if segments[0].turned_v:
             out[:] = turn(out)
 
+    def scratch_bytes(self, products: Any) -> int:
+        return 0
+
     def share(self, other: Any) -> None:
         """Nothing to share: there are no threads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from cmr.ops.records import Buffer, Norm, Part
 from cmr.quants import FORMATS
 
 KEPT_CALLS = 8192
+
+
+def steps(columns: int) -> int:
+    """Return how many steps a product takes over so many columns."""
+    return (columns + STEP - 1) // STEP
 
 
 class ProductOps(PageOps):
@@ -89,17 +95,25 @@ class ProductOps(PageOps):
         self, x: Buffer, column: int, columns: int, n: int, n_prompt: int, norm: Norm | None, quantized: bool
     ) -> tuple[int, ...]:
         """The fields of a product that say what its input is."""
-        padded = (columns + STEP - 1) // STEP * STEP
-        room = self._x.reach(n * (4 * padded + padded // STEP * RECORD))
+        padded = 4 * STEP * steps(columns)
+        room = self._x.reach(n * (padded + steps(columns) * RECORD))
         return (
             *(x.addr + 4 * column, 4 * x.cols, columns, self._norm(norm), n, n_prompt),
-            *(room, room + n * padded * 4, quantized),
+            *(room, room + n * padded, quantized),
         )
 
     def _room(self, n_prompt: int) -> tuple[int, int]:
         """Scratch for the threads of a product: address and bytes for each."""
         each = (gemm.scratch_bytes(n_prompt) + 63) // 64 * 64 if n_prompt else 0
         return self._space.reach(each * max(self.threads, self.prompt_threads)), each
+
+    def scratch_bytes(self, products: Iterable[tuple[int, int, int, int]]) -> int:
+        found = list(products)
+        inputs = max(rows * steps(columns) * (4 * STEP + RECORD) for rows, columns, _, _ in found)
+        outputs = max(4 * places * count for _, _, places, count in found)
+        spread = max((places > rows) * places * steps(columns) * RECORD for rows, columns, places, _ in found)
+        each = gemm.scratch_bytes(min(rows for rows, *_ in found))
+        return inputs + outputs + spread + each * max(self.threads, self.prompt_threads)
 
     def _norm(self, norm: Norm | None) -> int:
         """The address of a norm as a job reads it: kind, weight, bias, eps."""

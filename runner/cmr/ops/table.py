@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -57,6 +58,13 @@ class Ops(Protocol):
 
     def buffer(self, rows: int, cols: int) -> Buffer:
         """Make an uninitialized Buffer."""
+
+    def scratch_bytes(self, products: Iterable[tuple[int, int, int, int]]) -> int:
+        """Return the bytes that prompts' products keep beside buffers, 0 where nothing is kept from one to the next.
+
+        Each is (rows, columns) of its input and (rows, columns) of what it adds or gates, with more rows where a
+        row goes to several experts.
+        """
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """Make room for keys, values or positions, where operations find it without copies."""

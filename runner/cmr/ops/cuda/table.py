@@ -49,6 +49,9 @@ class CudaOps(AttentionOps):
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
         super().__init__()  # threads are the host's, which computes next to nothing
 
+    def scratch_bytes(self, products: Any) -> int:
+        return 0
+
     def share(self, other: Any) -> None:
         """Nothing to share: kernels of all tables follow each other."""
 
