@@ -121,7 +121,7 @@ class Replay:
         """What must be the same for a step to be run again; None for steps that are not recorded."""
         if step.n_prompt or not self.ops.replays:
             return None
-        wanted, shape = 0, [state]
+        wanted, shape = 0, [state, self.ops.threads]
         for part in step.parts:
             wanted += part.want
             shape.append(len(part.tokens))

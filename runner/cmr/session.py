@@ -21,7 +21,7 @@ from cmr.resolve import resolve
 from cmr.sequence import Request, Sequence
 from cmr.stats import rate, token_bytes
 
-LIMITS = ("chunk", "context")
+LIMITS = ("chunk", "context", "threads", "threads_batch")
 
 
 class Text:
@@ -69,8 +69,9 @@ class Session:
     def open(cls, model: Any, plugins: Any = (), profile: Any = None, **limits: Any) -> Session:
         """Attach plugins (texts, pairs or objects, or what discovery.load gave) and a TOML profile to a model.
 
-        Limits are `chunk`, the most prompt rows in a step, and `context`, as in the constructor. Raises PluginError
-        or RequestError for anything that cannot be honoured, before a weight is read.
+        Limits are `chunk`, the most prompt rows in a step, `context`, as in the constructor, and `threads` and
+        `threads_batch` (those for prompts), of as many as the model was opened with, which it uses from then on.
+        Raises PluginError or RequestError for anything that cannot be honoured, before a weight is read.
         """
         if isinstance(profile, str | Path):
             profile = read_profile(profile)
@@ -89,6 +90,7 @@ class Session:
             )
         context = limits.get("context")
         plan = resolve(pm, model, context, limits.get("chunk") or 512)
+        _use_threads(model, limits.get("threads"), limits.get("threads_batch"))
         return cls(model, plan, context, options)
 
     def __enter__(self) -> Session:
@@ -216,3 +218,10 @@ class Session:
                 if all(seq.stop is not None for seq in seqs):
                     return
                 step()
+
+
+def _use_threads(model: Any, threads: int | None, prompt_threads: int | None) -> None:
+    """Let a model compute with so many threads; prompts with as many, unless more is said."""
+    if threads or prompt_threads:
+        threads = threads or model.ops.threads
+        model.ops.use(threads, prompt_threads or threads)

@@ -238,6 +238,22 @@ def test_explain_shows_the_plan_and_reads_no_prompt(model):
     assert "kv_cache" in result.stdout and "memory" in result.stdout
 
 
+def test_a_profile_names_threads_and_flags_win(model, tmp_path, monkeypatch):
+    from cmr.cli import loading, run
+
+    opened = []
+    monkeypatch.setattr(
+        loading, "open_model", lambda *_, **words: opened.append(words) or open_model(*_, **words)
+    )
+    profile = tmp_path / "two.toml"
+    profile.write_text("threads = 2\nthreads-batch = 1\n")
+    for flags in ([], ["-t", "1"], ["-t", "1", "-tb", "3"]):
+        assert run.main([model, "-p", "Once", "-n", "2", "--profile", str(profile), *flags]) == 0
+    assert [(words["threads"], words["prompt_threads"]) for words in opened] == [(2, 1), (1, 1), (1, 3)]
+    profile.write_text("threads = 'all'\n")
+    assert run.main([model, "-p", "Once", "-n", "2", "--profile", str(profile)]) == 2
+
+
 def test_a_plugin_from_a_file_acts(model, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from cmr import hookimpl, plugin\n"

@@ -25,7 +25,7 @@ FLOORS = [
     {"plan", "defaults"},
     {"resolve", "fingerprint", "admission", "loop"},
     {"session"},
-    {"testing", "eval", "server"},
+    {"testing", "eval", "server", "forecast"},
     {"bench"},
     {"cli"},
 ]

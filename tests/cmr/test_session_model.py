@@ -1,6 +1,7 @@
 """The same exactness on a real model: what shares a step, or was given up and fed again, changes no token."""
 
 import tracemalloc
+from contextlib import closing
 
 import pytest
 from tests.cli_runs import bundled
@@ -51,6 +52,35 @@ def answers(session, **options):
     for request, token in session.stream(requests):
         got[id(request)].append(token)
     return [got[id(request)] for request in requests]
+
+
+def test_threads_can_change_between_answers_and_within_them(models, device):
+    model = models(device)
+    before = model.ops.threads, model.ops.prompt_threads
+    plain = answers(Session.open(model), temp=0.0)
+    session = Session.open(model, [Copies()], threads=1, threads_batch=before[1])
+    found = []
+    for prompt in PROMPTS:
+        seq = session.add(session.request(prompt, max_tokens=16, temp=0.0))
+        while session.step():
+            model.ops.use(1 + len(seq.new) % before[0], 1)
+        found.append(seq.new)
+    model.ops.use(*before)
+    assert found == plain
+
+
+def test_no_more_threads_than_the_model_was_opened_with():
+    pytest.importorskip("numba")
+    with closing(cmr.open_model(bundled(), threads=2)) as model:
+        assert Session.open(model, threads=1) and (model.ops.threads, model.ops.prompt_threads) == (1, 1)
+        assert Session.open(model, threads_batch=2) and (model.ops.threads, model.ops.prompt_threads) == (
+            1,
+            2,
+        )
+        with pytest.raises(cmr.ModelError, match="3 threads were asked for, and the model was opened with 2"):
+            Session.open(model, threads=3)
+        with pytest.raises(cmr.RequestError, match="threads is 0; it must be a whole number of at least 1"):
+            Session.open(model, threads=0)
 
 
 @pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 0.8, "seed": 5}], ids=["greedy", "seeded"])

@@ -83,6 +83,11 @@ def _side_flags(add: Callable[..., Any]) -> None:
 def _other_flags(add: Callable[..., Any]) -> None:
     add("--start", action="store_true", help="time the first run ever and a warm start, to the first text")
     add("--memory", type=whole(16), metavar="N", help="weigh memory beyond the file with N tokens of context")
+    add(
+        "--forecast",
+        action="store_true",
+        help="hold what --explain foretells against -r runs, behind -d tokens",
+    )
     add("--quality", metavar="FILE", help="KL divergence from float activations on this text")
     add("-o", "--output", choices=["md", "csv", "json"], default="md", help="form of the result")
     plot_option(add)
@@ -110,7 +115,7 @@ def _refuse(args: argparse.Namespace) -> None:
         raise RequestError("--plugin and --ab both name plugins; write them into A and B")
     if (args.peer_python or args.peer_bench) and not args.peer:
         raise RequestError("--peer-python and --peer-bench are for --peer llama.cpp, which is missing")
-    for cost in ("start", "memory", "quality"):
+    for cost in ("start", "memory", "quality", "forecast"):
         if not args.mmap and getattr(args, cost):
             raise RequestError(f"--{cost} maps the files; leave -mmp 0 out, which is for speed")
     if args.text and not (args.ab or args.plugin or args.loop):

@@ -1,4 +1,4 @@
-"""What `cmr bench` says beside speed: starting, memory, and what quantized activations cost."""
+"""What `cmr bench` says beside speed: starting, memory, forecasts, and what quantized activations cost."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from cmr.bench import footprint
+from cmr.bench import footprint, forecast
 from cmr.bench.measure import read_text
 from cmr.bench.peer import LlamaWorker, Peer, open_peer
 from cmr.bench.quality import WINDOW, quality
+from cmr.bench.report import number
 from cmr.cli.progress import Progress
 
 QUALITY_TOKENS = 4096
@@ -35,6 +36,8 @@ def costs_of(path: str, args: argparse.Namespace) -> Iterator[Cost]:
     """Measure what the flags ask for."""
     if args.start:
         yield _start(path)
+    if args.forecast:
+        yield from _forecast(path, args)
     if args.quality:
         yield from _quality(path, args)
     if args.memory:
@@ -46,6 +49,19 @@ def _start(path: str) -> Cost:
     cold, warm = times["cold"][0], statistics.median(times["warm"])
     said = f"{os.path.basename(path)}: first run ever {cold:.2f} s to the first text, warm start {warm:.2f} s"
     return Cost({"model_filename": path, "test": "start", "cold_s": cold, "warm_s": warm}, said)
+
+
+def _forecast(path: str, args: argparse.Namespace) -> Iterator[Cost]:
+    """What was foretold of speeds, each time right before it was measured."""
+    name, plugins = os.path.basename(path), args.plugin
+    with Progress(f"foretelling {name}"):
+        found = forecast.compare(path, plugins, args.n_depth, (args.threads or [2])[-1], args.repetitions)
+    for test, (foretold, measured) in found.items():
+        off = statistics.median(a / b for a, b in zip(foretold, measured))
+        ours, real = statistics.median(foretold), statistics.median(measured)
+        fields = {"model_filename": path, "test": f"forecast {test}", "plugins": plugins, "ratio": off}
+        said = f"{name}: {test}: {number(ours)} tok/s foretold, {number(real)} measured, {off - 1:+.0%}"
+        yield Cost(fields | {"predicted_ts": foretold, "samples_ts": measured}, said)
 
 
 def _memory(path: str, args: argparse.Namespace) -> Cost:

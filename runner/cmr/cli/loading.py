@@ -14,12 +14,14 @@ from cmr.discovery import available
 from cmr.errors import FileError, PluginError, RequestError
 from cmr.gguf_file import open_gguf
 from cmr.model import Model, open_model
+from cmr.profiles import read_profile
 from cmr.session import Session
 from cmr.stats import size
 
 
 def load(args: argparse.Namespace) -> Model:
     """Open the model that the flags describe."""
+    _settle_threads(args)
     with Progress(f"opening {args.model}"):
         model = open_model(
             args.model,
@@ -46,11 +48,22 @@ def load(args: argparse.Namespace) -> Model:
 
 def attach(args: argparse.Namespace, model: Model) -> Session:
     """Open a session with the plugins and limits that the flags name."""
-    limits: dict[str, Any] = {}
+    limits: dict[str, Any] = {
+        name: count for name in ("threads", "threads_batch") if (count := getattr(args, name)) is not None
+    }
     if args.batch_size or args.ubatch_size:
         limits["chunk"] = min(size for size in (args.batch_size, args.ubatch_size) if size)
     spelled = [*_kv_quant(args), *(("grammar", options) for options in args.grammars)]
     return Session.open(model, [*args.plugin, *spelled], args.profile, **limits)
+
+
+def _settle_threads(args: argparse.Namespace) -> None:
+    """Take the threads from the profile where no flag names them: a model is opened with them."""
+    options = read_profile(args.profile).options if args.profile else {}
+    for name in ("threads", "threads_batch"):
+        count = options.get(name)
+        if getattr(args, name) is None and isinstance(count, int):  # Session.open refuses what is no number
+            setattr(args, name, count)
 
 
 def find_template(args: argparse.Namespace, model: Any) -> ChatTemplate:

@@ -252,7 +252,7 @@ def plugin_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="plugins from a TOML file or a named set (see `cmr plugins`); the command line wins",
     )
-    add("--explain", action="store_true", help="print the plan (who owns each seam, memory) and stop")
+    add("--explain", action="store_true", help="print the plan (who owns each seam, memory, speed) and stop")
     for flags, metavar, options, more in GRAMMARS:
         add(*flags.split(), dest="grammars", action="append", default=[], type=told(options), metavar=metavar,
             help=f"spelling of --plugin grammar:{options.format(metavar)}{more}")  # fmt: skip

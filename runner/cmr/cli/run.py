@@ -11,6 +11,7 @@ from typing import Any
 from cmr.cli import options
 from cmr.cli.answering import Writer, answer
 from cmr.cli.escapes import unescape
+from cmr.cli.explaining import explain_plan
 from cmr.cli.guard import INTERRUPTED, guarded
 from cmr.cli.interrupts import Interrupts
 from cmr.cli.loading import attach, load
@@ -20,7 +21,6 @@ from cmr.cli.summary import as_json, summary
 from cmr.cli.version import version
 from cmr.errors import FileError, RequestError
 from cmr.model import Model
-from cmr.plan import explain
 from cmr.session import Session
 
 USAGE = 'cmr-run FILE -p "Once upon a time" [flags]'
@@ -63,8 +63,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         with attach(args, model) as session:
             if args.explain:
-                print("\n".join(explain(session.plan)))
-                return 0
+                return explain_plan(session, wanted)
             if chats(args, prompt, model):
                 from cmr.cli.chatting import chat
 

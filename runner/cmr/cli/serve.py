@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cmr.cli import options
+from cmr.cli.explaining import explain_plan
 from cmr.cli.loading import attach, find_template, load
 from cmr.cli.progress import CompileNotice, Progress, say
 from cmr.cli.sampling_flags import answer_words, sampling_options
 from cmr.discovery import describe, parse
 from cmr.errors import CMRError, FileError, PluginError, RequestError
-from cmr.plan import explain
 from cmr.profiles import read_profile
 
 NEEDED = ("starlette", "uvicorn")
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with attach(args, model) as session:
             if args.explain:
-                print("\n".join(explain(session.plan)))
-                return 0
+                return explain_plan(session, wanted)
             session.defaults |= wanted
             session.request([])  # which checks the words of flags and profile, before anybody waits
             return listen(args, session, keys)

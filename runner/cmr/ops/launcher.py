@@ -116,6 +116,13 @@ class Launcher:
         self.threads = min(self.threads, self._pool.threads)
         self.prompt_threads = min(self.prompt_threads, self._pool.threads)
 
+    def use(self, threads: int, prompt_threads: int) -> None:
+        for count in (threads, prompt_threads):
+            if not 1 <= count <= self._pool.threads:
+                there_are = f"the model was opened with {self._pool.threads}"
+                raise ModelError(f"{count} threads were asked for, and {there_are}; open it with more")
+        self.threads, self.prompt_threads = threads, prompt_threads
+
     # -- kernels --
 
     def kernel(self, key: str) -> int:

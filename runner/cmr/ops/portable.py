@@ -246,6 +246,9 @@ class PortableOps(PortableExperts):
         if segments[0].turned_v:
             out[:] = turn(out)
 
+    def use(self, threads: int, prompt_threads: int) -> None:
+        pass
+
     def scratch_bytes(self, products: Any) -> int:
         return 0
 

@@ -59,6 +59,12 @@ class Ops(Protocol):
     def buffer(self, rows: int, cols: int) -> Buffer:
         """Make an uninitialized Buffer."""
 
+    def use(self, threads: int, prompt_threads: int) -> None:
+        """Compute with so many threads from the next operation on, as many as the table was opened with at most.
+
+        No bit of a result depends on it. Raises ModelError for more; tables without threads of their own take any.
+        """
+
     def scratch_bytes(self, products: Iterable[tuple[int, int, int, int]]) -> int:
         """Return the bytes that prompts' products keep beside buffers, 0 where nothing is kept from one to the next.
 

@@ -49,6 +49,9 @@ class CudaOps(AttentionOps):
     def __init__(self, threads: int | None = None, prompt_threads: int | None = None) -> None:
         super().__init__()  # threads are the host's, which computes next to nothing
 
+    def use(self, threads: int, prompt_threads: int) -> None:
+        pass
+
     def scratch_bytes(self, products: Any) -> int:
         return 0
 
