@@ -49,6 +49,7 @@ BUILTIN = {
     "spec-lookup": "cmr_plugins.spec_lookup:SpecLookup",
     "stop-loop": "cmr_plugins.stop_loop:StopLoop",
     "telemetry": "cmr_plugins.telemetry:Telemetry",
+    "tuner": "cmr_plugins.tuner:Tuner",
 }
 
 DECLARED: dict[str, Any] = {
@@ -119,6 +120,12 @@ def hooks_of(thing: Any) -> list[str]:
     """Return the names of the hooks that a plugin or its class implements, in the order of a run."""
     order = {name: i for i, name in enumerate(hookspecs.HOOKS)}
     return sorted((name for name in dir(thing) if _marked(thing, name)), key=lambda name: order.get(name, 99))
+
+
+def provides(thing: Any, hook: str) -> bool:
+    """Return whether a plugin or its class answers at a hook itself, not only wraps who does."""
+    marks = _marked(thing, hook)
+    return marks is not None and not (marks["wrapper"] or marks["hookwrapper"])
 
 
 def plugin_name(cls: type, spelled: str | None = None) -> str:

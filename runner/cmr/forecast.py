@@ -151,7 +151,7 @@ class _Samples:
         if seq.request.max_tokens == 1 or not count:
             return None
         pos = np.arange(count, dtype=np.int32)
-        for layer in self.plan.layers:
+        for layer in seq.session.plan.layers:
             kv_heads, dim, dim_v = self.model.config.kv_shape(layer)
             for start in range(0, count, ROWS):
                 rows = pos[start : start + ROWS]

@@ -173,6 +173,7 @@ def test_batching_schedules_unless_another_plugin_does(tmp_path):
     assert plugins("--plugin", "batching:kv=1GB", "-np", "3") == ["batching:kv=1GB", "batching:width=3"]
     assert plugins("--profile", f"{tmp_path}/profile.toml") == ["batching"]
     assert plugins("--plugin", mine) == [mine]
+    assert plugins("--plugin", "tuner") == ["tuner", "batching"]  # which only wraps who schedules
     with pytest.raises(CMRError, match="-np is for the plugin batching, and .*Mine schedules"):
         plugins("--plugin", mine, "-np", "3")
 

@@ -13,7 +13,7 @@ from cmr.cli.explaining import explain_plan
 from cmr.cli.loading import attach, find_template, load
 from cmr.cli.progress import CompileNotice, Progress, say
 from cmr.cli.sampling_flags import answer_words, sampling_options
-from cmr.discovery import describe, parse
+from cmr.discovery import find, parse, provides
 from cmr.errors import CMRError, FileError, PluginError, RequestError
 from cmr.profiles import read_profile
 
@@ -75,7 +75,7 @@ def with_scheduler(args: argparse.Namespace) -> list[str]:
     """Return the plugins with `batching`, unless another one of them schedules; -np is its width."""
     given = dict(map(parse, args.plugin))
     profile = read_profile(args.profile).plugins if args.profile else {}
-    others = [name for name in given | profile if "scheduler" in describe(name).hooks and name != "batching"]
+    others = [name for name in given | profile if name != "batching" and provides(find(name)[0], "scheduler")]
     if args.parallel is not None:
         if others:
             raise PluginError(
