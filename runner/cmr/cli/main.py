@@ -16,6 +16,7 @@ COMMANDS = {
     "info": ("info:main", "show what a model file holds and what it needs"),
     "bench": ("bench:main", "measure speed, against this machine's limits, plugins and llama.cpp"),
     "eval": ("eval:main", "measure perplexity, divergence and small tasks, with plugins or without"),
+    "tune": ("tune:main", "search a few exact settings for the fastest on your prompts, and write a profile"),
     "warmup": ("warmup:main", "compile the kernels ahead of the first run"),
     "plugins": ("plugins:list_plugins", "list the plugins that are installed"),
     "plugin-check": ("plugins:check_plugin", "run the contracts of a plugin"),
