@@ -9,7 +9,7 @@ from tests.beside import PROMPTS, alone, answer, tiny
 from tests.toy import MODEL
 
 import cmr
-from cmr.bench.tuning import LEAST_ROUNDS, PLAIN, Mix, Setting, candidates, search
+from cmr.bench.tuning import EARLY_ROUNDS, LEAST_ROUNDS, PLAIN, Mix, Setting, candidates, search
 from cmr.cli import tune
 from cmr.cli.main import main
 from cmr.profiles import read_profile
@@ -67,7 +67,7 @@ def test_time_is_kept_where_rounds_are_short_and_the_least_is_done_where_they_ar
     search(SINGLES, lambda setting: 0.01 * short(setting), 5)
     search(SINGLES, lambda setting: 100 * long(setting), 5)
     assert 250 < len(short.calls) < 600
-    stages = (1 + 6) + (1 + 3)
+    stages = EARLY_ROUNDS * ((1 + 6) + (1 + 3))
     assert stages + 4 * LEAST_ROUNDS <= len(long.calls) <= stages + 5 * LEAST_ROUNDS
 
 

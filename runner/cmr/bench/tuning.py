@@ -14,6 +14,7 @@ from cmr.discovery import parse
 CHUNKS = (256, 128)  # prompt rows in a step that are tried
 PLUGINS = ("spec-lookup", "prefix-cache")  # exact, and worth it for some texts only
 LEAST_ROUNDS = 5  # of the last stage, from which on an interval means something
+EARLY_ROUNDS = 2  # of the stages before, so that one disturbed measurement decides nothing
 GAIN = 1.01  # times plain speed that is worth a profile
 
 
@@ -91,7 +92,7 @@ def search(
     share = seconds / 2 / max(1, (len(left) - 1).bit_length() - 1)
     while len(left) > 2:
         tell(f"{len(left)} settings")
-        ranked = _ranked(_rounds([PLAIN, *left], measure, share, 1)[1:])
+        ranked = _ranked(_rounds([PLAIN, *left], measure, share, EARLY_ROUNDS)[1:])
         keep = -(-len(ranked) // 2)
         gone = ranked[keep:] + gone
         left = [each.setting for each in ranked[:keep]]
