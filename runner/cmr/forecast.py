@@ -20,6 +20,7 @@ from cmr.stats import share_of, size, token_bytes
 SAMPLE = 1 << 30  # bytes of weights that a sampled token reads, many times what processors cache
 DEPTH = 4096  # positions before the token of the second figure, where the context has as many
 ROWS = 256  # prompt tokens of a sample
+FEW_READS = 32  # pages from the disk that change no figure
 SECONDS, LEAST, MOST = 0.2, 3, 64  # how long tokens are timed, and how many count
 NOBODY: Any = dict.fromkeys(hookspecs.CALLS, ())
 
@@ -28,7 +29,8 @@ NOBODY: Any = dict.fromkeys(hookspecs.CALLS, ())
 class Speed:
     """Seconds of one sequence: of a generated token at first and behind `depth` others, of a prompt's token.
 
-    A token reads `weight_bytes`, and `kv_bytes` behind `depth` others.
+    A token reads `weight_bytes`, and `kv_bytes` behind `depth` others. `drafts` would make it faster, as will the file
+    if parts of it still came from the disk (`cold`).
     """
 
     token: float
@@ -38,6 +40,7 @@ class Speed:
     weight_bytes: int
     kv_bytes: int
     drafts: bool = False
+    cold: bool = False
 
     def behind(self, many: int) -> float:
         """Return the seconds of a generated token behind so many others, in line with the two that are known."""
@@ -48,10 +51,15 @@ class Speed:
         deep = (
             f", {1 / self.deep:.3g} behind {self.depth} ({size(self.kv_bytes)} of KV)" if self.depth else ""
         )
-        drafts = "; drafts are not counted" if self.drafts else ""
+        more = "; drafts are not counted" if self.drafts else ""
+        more += (
+            "; parts of the file came from the disk meanwhile, and will be in memory later"
+            if self.cold
+            else ""
+        )
         return (
             f"about {1 / self.token:.3g} tok/s ({size(self.weight_bytes)} of weights a token, "
-            f"{size(self.weight_bytes / self.token)}/s){deep}; prompts {1 / self.prompt:.3g} tok/s{drafts}"
+            f"{size(self.weight_bytes / self.token)}/s){deep}; prompts {1 / self.prompt:.3g} tok/s{more}"
         )
 
 
@@ -64,11 +72,13 @@ def foretell(session: Session, depth: int = DEPTH, **options: Any) -> Speed:
     """
     plan, samples = session.plan, _Samples(session, options)
     depth = max(0, min(depth, session.context - MOST - 1))
+    prompt, before = samples.prompt(), _disk_reads()  # which also brings layers into memory
     token = samples.tokens(0)
     return Speed(
         token=token,
         deep=samples.tokens(depth) if depth else token,
-        prompt=samples.prompt(),
+        prompt=prompt,
+        cold=_disk_reads() - before > FEW_READS,
         depth=depth,
         weight_bytes=token_bytes(session.model),
         kv_bytes=depth * plan.memory.kv_token,
@@ -158,6 +168,15 @@ class _Samples:
                 k, v = (np.zeros((len(rows), kv_heads, wide), np.float32) for wide in (dim, dim_v))
                 seq.caches[layer].append(k, v, rows)
         return count
+
+
+def _disk_reads() -> int:
+    """How often this process waited for pages from the disk; 0 where the system does not count."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _end(session: Session, seq: Any) -> None:

@@ -67,6 +67,15 @@ def test_it_says_bytes_and_rates():
     )
 
 
+def test_it_says_when_the_file_came_from_the_disk(timed, monkeypatch):
+    assert not foretell(Session.open(timed)).cold
+    counts = iter([0, 1000])
+    monkeypatch.setattr("cmr.forecast._disk_reads", lambda: next(counts))
+    assert str(foretell(Session.open(timed))).endswith(
+        "came from the disk meanwhile, and will be in memory later"
+    )
+
+
 def test_it_leaves_no_trace_in_the_session_and_calls_no_plugin():
     heard = []
 
