@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 from collections import OrderedDict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from cmr import PluginError, hookimpl, plugin
-
-# Answers that ended for these reasons are not what the same request would give again.
-PASSING = ("cancelled", "error", "answered")
+from cmr import hookimpl, plugin
+from cmr_plugins.answers.folder import Folder
+from cmr_plugins.answers.key import PASSING, answer_key
 
 
 @plugin
@@ -31,13 +25,13 @@ class AnswerCache:
         self.kept: OrderedDict[str, list[int]] = OrderedDict()
         self.hits = self.misses = 0
         self.identity = ""
-        self.folder: _Folder | None = None
+        self.folder: Folder | None = None
 
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Learn what else decides the tokens: model, device, other plugins; and open the folder."""
         self.identity = session.fingerprint("answer-cache")
-        self.folder = _Folder(self.path, self.entries) if self.path is not None else None
+        self.folder = Folder("answer-cache", self.path, self.entries) if self.path is not None else None
 
     @hookimpl
     def answer_request(self, request: Any) -> list[int] | None:
@@ -70,78 +64,10 @@ class AnswerCache:
         return {"hits": self.hits, "misses": self.misses, "kept": len(self.kept), "unwritten": unwritten}
 
     def _key(self, request: Any) -> str | None:
-        """All that decides the answer, as JSON; None where that cannot be said, as with earlier turns or a new seed."""
-        if request.after is not None:
-            return None
-        if request.sampling is None:  # a seed is drawn anew each time
-            return None
-        told = _exactly(request.plugins)
-        if told is None:
-            return None
-        sampling = asdict(request.sampling)
-        if sampling["temp"] <= 0 and not sampling["xtc_probability"]:
-            sampling["seed"] = None  # nothing is drawn
-        stop_ids = None if request.stop_ids is None else sorted(request.stop_ids)
-        limits = [request.max_tokens, list(request.stop), request.ignore_eos, stop_ids]
-        facts = [self.identity, list(map(int, request.tokens)), limits, sampling, told]
-        return json.dumps(facts, sort_keys=True)
+        return answer_key(request, self.identity, list(map(int, request.tokens)))
 
     def _remember(self, key: str, tokens: list[int]) -> None:
         self.kept[key] = tokens
         self.kept.move_to_end(key)
         while len(self.kept) > self.entries:
             self.kept.popitem(last=False)
-
-
-def _exactly(told: dict[str, Any]) -> str | None:
-    """What plugins are told, as JSON with its keys in their order (a grammar may follow it), or None."""
-    try:
-        text = json.dumps(told)
-    except (TypeError, ValueError):
-        return None
-    return text if json.loads(text) == told else None
-
-
-class _Folder:
-    """Answers as files named by a digest of their key, at most `entries` of them."""
-
-    def __init__(self, path: Path, entries: int) -> None:
-        self.path, self.entries, self.unwritten = path, entries, 0
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PluginError(f"answer-cache: the folder {path} cannot be made: {error.strerror}") from None
-
-    def read(self, key: str) -> list[int] | None:
-        """Return an answer; what is damaged, or has the same digest but another key, is none."""
-        try:
-            stored = json.loads(self._file(key).read_text("utf-8"))
-            if stored["key"] == key and all(type(token) is int for token in stored["tokens"]):
-                return stored["tokens"] or None
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
-        return None
-
-    def write(self, key: str, tokens: list[int]) -> None:
-        """Put an answer there in one move, so that another process never sees half of it."""
-        file = self._file(key)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            draft.write_text(json.dumps({"key": key, "tokens": tokens}), "utf-8")
-            draft.replace(file)
-            self._prune()
-        except OSError:
-            self.unwritten += 1
-            with contextlib.suppress(OSError):
-                draft.unlink()
-
-    def _file(self, key: str) -> Path:
-        return self.path / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
-
-    def _prune(self) -> None:
-        """Remove the oldest files beyond the most that are kept."""
-        files = list(self.path.glob("*.json"))
-        if len(files) > self.entries:
-            files.sort(key=lambda file: file.stat().st_mtime_ns)
-            for file in files[: len(files) - self.entries]:
-                file.unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def _answer(session: Any, seq: Sequence) -> None:
     plan = session.plan
     for name, hook in zip(plan.names["answer_request"], plan.answer_request):
         with plan.blame:
-            answer = hook(seq.request)
+            answer = hook(seq.request, seq)
         if answer is None:
             continue
         try:

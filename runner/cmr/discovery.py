@@ -25,6 +25,7 @@ GROUP = "cmr.plugins"
 
 BUILTIN = {
     "answer-cache": "cmr_plugins.answer_cache:AnswerCache",
+    "answer-similar": "cmr_plugins.answer_similar:AnswerSimilar",
     "attn-block": "cmr_plugins.attn_block:AttnBlock",
     "attn-extend": "cmr_plugins.attn_extend:AttnExtend",
     "attn-pages": "cmr_plugins.attn_pages:AttnPages",

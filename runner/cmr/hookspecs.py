@@ -56,8 +56,8 @@ def prepare_request(request: Any) -> None:
 
 
 @hookspec(firstresult=True)
-def answer_request(request: Any) -> Any:
-    """Return the answer's token ids to leave the model out, or None."""
+def answer_request(request: Any, seq: Any) -> Any:
+    """Return the answer's token ids to leave the model out, or None; seq.notes may say where they are from."""
 
 
 @hookspec(firstresult=True)

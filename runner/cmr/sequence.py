@@ -20,7 +20,8 @@ class Request:
     `tokens` are the ids of the prompt, made when a session takes the request; a plugin may edit them then.
     `max_tokens` None means until the context is full. `stop_ids` None means the tokenizer's. `special` parses
     special tokens in a text prompt. `after` is a finished Sequence whose KV is used again as far as its
-    tokens are the same. `plugins` is what plugins of the session are told for this request alone, by name: a dict
+    tokens are the same. `message` is the last message of a conversation that the prompt was written from, None where
+    it is no conversation. `plugins` is what plugins of the session are told for this request alone, by name: a dict
     of options that each of them takes from requests.
     """
 
@@ -34,6 +35,7 @@ class Request:
     priority: int = 0
     id: str | None = None
     after: Sequence | None = None
+    message: str | None = None
     tokens: list[int] | None = None
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -61,7 +63,8 @@ class Sequence:
     """A request under way or finished: its tokens, its caches, and how many of the tokens they hold.
 
     `borders` are the indices at which the tokens' role changes, from prompt (at 0) to generated and back; who
-    holds a finished sequence holds its KV. `notes` is where plugins keep what belongs to this request.
+    holds a finished sequence holds its KV. `notes` is where plugins keep what belongs to this request; a text there is
+    shown with the answer.
     """
 
     request: Request
@@ -94,6 +97,11 @@ class Sequence:
     def n_new(self) -> int:
         """How many tokens were generated."""
         return len(self.tokens) - self.n_prompt
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What plugins tell of this answer: those of the notes that are texts."""
+        return {str(name): note for name, note in self.notes.items() if isinstance(note, str)}
 
     def role(self, index: int) -> tuple[bool, int]:
         """Whether the token at index counts as prompt, and the index at which that role ends."""

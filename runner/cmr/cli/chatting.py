@@ -91,7 +91,7 @@ class Chat:
         text: list[str] = []
         writer = Writer()
         try:
-            request = self.session.request(tokens, after=self.last, **self.wanted)
+            request = self.session.request(tokens, after=self.last, message=message, **self.wanted)
             write = _both(text, None if self.args.json else writer)
             seq, interrupted = answer(self.session, request, write, self.interrupts)
         except CMRError as error:

@@ -48,6 +48,7 @@ def as_json(session: Session, seq: Sequence, text: str) -> dict[str, Any]:
         "prompt_tokens": seq.request.tokens,
         "stop": seq.stop,
         "seed": seq.request.sampling.seed,
+        "notes": seq.told,
         "figures": session.report(),
     }
 

@@ -26,7 +26,7 @@ from cmr.options import hint
 from cmr.server.engine import Engine
 from cmr.server.figures import exposition
 from cmr.server.gate import Keys, Log, error_response, read_json
-from cmr.server.prompts import chat_prompt, completion_prompts
+from cmr.server.prompts import Prompt, chat_prompt, completion_prompts
 from cmr.server.refusals import Refusal
 from cmr.server.reply import Reply
 from cmr.server.shapes import Chat, Completion
@@ -124,10 +124,10 @@ class Paths:
         wanted = read(await read_json(request), CHAT)
         return await self._answer(request, wanted, Chat, self._chat_prompts)
 
-    def _completion_prompts(self, body: dict[str, Any]) -> list[list[int]]:
+    def _completion_prompts(self, body: dict[str, Any]) -> list[Prompt]:
         return completion_prompts(body.get("prompt"), self.model.tokenizer)
 
-    def _chat_prompts(self, body: dict[str, Any]) -> list[list[int]]:
+    def _chat_prompts(self, body: dict[str, Any]) -> list[Prompt]:
         more = body.get("chat_template_kwargs", {})
         if not isinstance(more, dict):
             raise RequestError(f"chat_template_kwargs is {more!r:.80}; it must be an object")
@@ -139,7 +139,7 @@ class Paths:
         request: Request,
         wanted: Wanted,
         kind: type[Completion],
-        prompts: Callable[[dict[str, Any]], list[list[int]]],
+        prompts: Callable[[dict[str, Any]], list[Prompt]],
     ) -> Response:
         """Compute answers, as a stream or whole; a client that goes away ends them."""
         name = self._named(wanted.model)
@@ -148,8 +148,8 @@ class Paths:
                 raise RequestError(
                     f"what an answer may be is up to the plugin {plugin}; start the server with --plugin {plugin}"
                 )
-        ids = await asyncio.to_thread(prompts, wanted.body)
-        reply = Reply(self.engine, ids, wanted, kind(name, self.mark, wanted.usage))
+        given = await asyncio.to_thread(prompts, wanted.body)
+        reply = Reply(self.engine, given, wanted, kind(name, self.mark, wanted.usage))
         try:
             if not wanted.stream:
                 return JSONResponse(await _while_there(request.receive, reply.whole()))

@@ -211,7 +211,7 @@ class Engine:
         if seq.error is not None:
             self._failed(job, seq.error)
         else:
-            self._finish(job, Ended(_reason(seq), seq.n_prompt, seq.n_new))
+            self._finish(job, Ended(_reason(seq), seq.n_prompt, seq.n_new, seq.told))
 
     def _failed(self, job: Job, error: Exception) -> None:
         if not isinstance(error, CMRError):

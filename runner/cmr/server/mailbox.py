@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cmr.errors import CMRError
@@ -17,11 +17,12 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is complete: why, and how many tokens the prompt and the answer have."""
+    """The answer is complete: why, how many tokens the prompt and the answer have, and what plugins told of it."""
 
     reason: str
     prompt_tokens: int
     new_tokens: int
+    told: dict[str, str] = field(default_factory=dict)
 
 
 Event = Admitted | Ended | CMRError | str

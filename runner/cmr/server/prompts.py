@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmr.chat import ChatTemplate, with_system, writes_bos
 from cmr.errors import RequestError
@@ -13,8 +13,15 @@ MESSAGE = ("role", "content", "name", "reasoning_content")
 _MEDIA = ("image_url", "input_audio", "file", "image", "video_url")
 
 
-def completion_prompts(prompt: Any, tokenizer: Any) -> list[list[int]]:
-    """Return the ids of a text, of token ids, or of a list of either; special tokens in a text count as such."""
+class Prompt(NamedTuple):
+    """The ids to continue, and the last message where they are a conversation."""
+
+    tokens: list[int]
+    message: str | None = None
+
+
+def completion_prompts(prompt: Any, tokenizer: Any) -> list[Prompt]:
+    """Read a text, token ids, or a list of either; special tokens in a text count as such."""
     if isinstance(prompt, str) or _is_ids(prompt):
         prompt = [prompt]
     wrong = RequestError(
@@ -25,9 +32,9 @@ def completion_prompts(prompt: Any, tokenizer: Any) -> list[list[int]]:
     found = []
     for one in prompt:
         if isinstance(one, str):
-            found.append(tokenizer.encode(one, special=True, bos=True))
+            found.append(Prompt(tokenizer.encode(one, special=True, bos=True)))
         elif _is_ids(one):
-            found.append(one)
+            found.append(Prompt(one))
         else:
             raise wrong
     return found
@@ -35,17 +42,18 @@ def completion_prompts(prompt: Any, tokenizer: Any) -> list[list[int]]:
 
 def chat_prompt(
     messages: Any, variables: dict[str, Any], template: ChatTemplate | None, tokenizer: Any
-) -> list[int]:
-    """Write messages with the template and return the ids, up to where the answer begins."""
+) -> Prompt:
+    """Write messages with the template, up to where the answer begins."""
     if template is None:
         raise RequestError(
             "the model's file has no chat template; start the server with --chat-template, or use /v1/completions"
         )
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages must be a list of messages, and not empty")
-    said = with_system([_message(message) for message in messages], template)
-    text = template.render(said, **variables)
-    return tokenizer.encode(text, special=True, bos=not writes_bos(text, tokenizer))
+    said = [_message(message) for message in messages]
+    text = template.render(with_system(said, template), **variables)
+    tokens = tokenizer.encode(text, special=True, bos=not writes_bos(text, tokenizer))
+    return Prompt(tokens, said[-1]["content"])
 
 
 def _is_ids(prompt: Any) -> bool:

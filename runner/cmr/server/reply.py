@@ -8,6 +8,7 @@ from typing import Any
 from cmr.errors import CMRError
 from cmr.server.engine import Engine, Job
 from cmr.server.mailbox import Admitted, Ended, Mailbox
+from cmr.server.prompts import Prompt
 from cmr.server.refusals import error_object
 from cmr.server.shapes import DONE, Completion, frame
 from cmr.server.words import Wanted
@@ -19,14 +20,20 @@ class Reply:
     Use it within `with`: whatever ends the block, answers that are still under way are cancelled.
     """
 
-    def __init__(self, engine: Engine, prompts: list[list[int]], wanted: Wanted, shape: Completion) -> None:
+    def __init__(self, engine: Engine, prompts: list[Prompt], wanted: Wanted, shape: Completion) -> None:
         """Hand the answers to the engine; raises RequestError or Refusal when it has no room."""
         engine.check(len(prompts) * wanted.n)
         self._engine, self._n, self._shape, self._counts = engine, wanted.n, shape, wanted.usage
         self._mailbox = Mailbox()
         pairs = [(prompt, choice) for prompt in prompts for choice in range(wanted.n)]
         self._jobs = [
-            Job(prompt, wanted.choice(choice), self._mailbox, index, wanted.stream)
+            Job(
+                prompt.tokens,
+                wanted.choice(choice) | {"message": prompt.message},
+                self._mailbox,
+                index,
+                wanted.stream,
+            )
             for index, (prompt, choice) in enumerate(pairs)
         ]
         self._admitted = 0
@@ -65,7 +72,7 @@ class Reply:
                 frames = [frame(shape.piece(index, text)) for index, text in enumerate(self._texts) if text]
                 self._texts = [""] * len(self._jobs)
                 for index in self._ends.keys() - ended:
-                    frames.append(frame(shape.closing(index, self._ends[index].reason)))
+                    frames.append(frame(shape.closing(index, self._ends[index])))
                     ended.add(index)
                 if frames:
                     yield b"".join(frames)

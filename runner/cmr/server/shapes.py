@@ -24,6 +24,11 @@ def usage(ends: list[Ended], n: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
+def notes(end: Ended) -> dict[str, Any]:
+    """Return what plugins told of an answer as a choice shows it, if they did."""
+    return {"notes": end.told} if end.told else {}
+
+
 def finish_reason(reason: str) -> str:
     """Return OpenAI's word for why an answer ended: stop where the model, a stop text or a plugin ended it."""
     return "length" if reason in ("length", "context") else "stop"
@@ -47,7 +52,7 @@ class Completion:
     def whole(self, texts: list[str], ends: list[Ended], n: int) -> dict[str, Any]:
         """Return the answer to a request that does not stream."""
         choices = [
-            self.choice(index, text, finish_reason(end.reason))
+            self.choice(index, text, finish_reason(end.reason)) | notes(end)
             for index, (text, end) in enumerate(zip(texts, ends))
         ]
         return {"object": self.whole_kind, **self._facts, "choices": choices, "usage": usage(ends, n)}
@@ -60,9 +65,9 @@ class Completion:
         """Return the chunk of a piece of text."""
         return self._chunk([self.delta(index, text, None)])
 
-    def closing(self, index: int, reason: str) -> dict[str, Any]:
+    def closing(self, index: int, end: Ended) -> dict[str, Any]:
         """Return the last chunk of a choice."""
-        return self._chunk([self.delta(index, "", finish_reason(reason))])
+        return self._chunk([self.delta(index, "", finish_reason(end.reason)) | notes(end)])
 
     def counted(self, ends: list[Ended], n: int) -> dict[str, Any]:
         """Return the chunk of the usage, which has no choices."""

@@ -1,0 +1,1 @@
+"""What plugins that answer from stored answers share: the key, the folder, and when two prompts ask the same."""
