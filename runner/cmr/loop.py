@@ -45,7 +45,10 @@ class Loop:
         """Run one step; a failure ends the sequences it concerns and is kept as their `error`."""
         began = perf_counter()
         parts = []
-        for seq, limit in self._pick():
+        picked = self._pick()
+        for seq, limit in picked:
+            if seq.beside is not None and self._awaits(seq.beside, picked):
+                continue
             try:
                 parts.append(self._part(seq, limit))
             except Exception as error:
@@ -105,6 +108,11 @@ class Loop:
             self._end(list(self.running), error)
             return []
 
+    def _awaits(self, beside: Sequence, picked: list[tuple[Sequence, int]]) -> bool:
+        """Whether a sequence lets this step pass, since the one whose prompt it is to copy is reading it there."""
+        reading = beside.cached < beside.borders[0]
+        return self.plan.copies and reading and any(seq is beside for seq, _ in picked)
+
     def _part(self, seq: Sequence, limit: int) -> Part:
         """What to feed: tokens of one role that are not cached yet, and a draft behind the last of them."""
         if not seq.started:  # as late as possible, so that what ended meanwhile can be used again
@@ -142,12 +150,14 @@ class Loop:
         return draft
 
     def _start(self, seq: Sequence) -> None:
-        """Give a sequence its caches: an earlier one's, or new ones, with a stored prefix if there is one."""
-        seq.started = True
+        """Give a sequence its caches: an earlier one's, or new ones with what another or a plugin has of its prompt."""
+        seq.started, beside, seq.beside = True, seq.beside, None
         if seq.request.after is not None:
             seq.take_over(seq.request.after)
         if not seq.caches:
             seq.caches = [make() for make in self.plan.caches]
+        if beside is not None and self.plan.copies and not seq.cached:
+            seq.copy(beside)
         if seq.cached:
             return
         for name, hook in zip(self.plan.names["restore_prefix"], self.plan.restore_prefix):

@@ -76,6 +76,12 @@ class Plan:
         """Whether each token is the one that a plain session gives."""
         return all(declared(thing, "exact") for thing in self.plugins.values())
 
+    @property
+    def copies(self) -> bool:
+        """Whether a sequence's caches are all that its prompt leaves: plugins that change tokens follow no steps."""
+        following = {*self.names["on_attention"], *self.names["on_layer"], *self.names["on_step"]}
+        return not self.evidence and all(declared(self.plugins[name], "exact") for name in following)
+
 
 def explain(plan: Plan) -> Iterator[str]:
     """Say in lines what each plugin is, who owns each seam and layer, and what memory it all takes."""

@@ -64,7 +64,7 @@ class Sequence:
 
     `borders` are the indices at which the tokens' role changes, from prompt (at 0) to generated and back; who
     holds a finished sequence holds its KV. `notes` is where plugins keep what belongs to this request; a text there is
-    shown with the answer.
+    shown with the answer. `beside` is a sequence of the same session whose prompt begins alike: its KV is copied.
     """
 
     request: Request
@@ -81,6 +81,7 @@ class Sequence:
     out: deque[int] = field(default_factory=deque)
     error: Exception | None = None
     session: Any = None
+    beside: Sequence | None = None
     started: bool = False
     times: dict[str, float] = field(default_factory=dict)
 
@@ -113,9 +114,7 @@ class Sequence:
 
     def take_over(self, earlier: Sequence) -> None:
         """Move an ended sequence's caches here as far as the tokens are the same; these keep their roles."""
-        ours, theirs = self.tokens[:-1], earlier.tokens[: earlier.cached]
-        pairs = enumerate(zip(ours, theirs))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+        shared = self._shared(earlier, earlier.cached)
         reached = all(cache.can_rollback_to(shared) for cache in earlier.caches)
         if not shared or shared < earlier.cached and not reached:
             return
@@ -125,6 +124,22 @@ class Sequence:
         earlier.caches, earlier.cached = [], 0
         self.borders = [border for border in earlier.borders if border < shared]
         self.borders += [shared] * (len(self.borders) % 2) + [self.n_prompt]
+
+    def copy(self, other: Sequence) -> None:
+        """Copy what another's caches hold of a prompt that begins alike, all but the last token of ours."""
+        shared = self._shared(other, min(other.cached, other.borders[0]))
+        if not shared or not all(cache.can_rollback_to(shared) for cache in other.caches):
+            return
+        for cache, theirs in zip(self.caches, other.caches):
+            cache.restore(theirs.snapshot())
+            cache.rollback(shared)
+        self.cached = shared
+
+    def _shared(self, other: Sequence, most: int) -> int:
+        """How many of our tokens but the last are also the first of another's, of `most` of them."""
+        ours, theirs = self.tokens[:-1], other.tokens[:most]
+        pairs = enumerate(zip(ours, theirs))
+        return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
     def rollback(self, pos: int) -> None:
         """Forget what the caches hold from pos on; 0 frees them (preemption) and the tokens are fed again."""

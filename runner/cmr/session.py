@@ -132,9 +132,13 @@ class Session:
         """
         return self._tokens([admit(self, request) for request in requests])
 
-    def add(self, request: Request, text: bool = False) -> Sequence:
-        """Take a request in for step() to run; seq.out gathers tokens, seq.text.pieces (if text) pieces."""
+    def add(self, request: Request, text: bool = False, beside: Sequence | None = None) -> Sequence:
+        """Take a request in for step() to run; seq.out gathers tokens, seq.text.pieces (if text) pieces.
+
+        Where it begins as another sequence of the session does, `beside`, that one's prompt is read once for both.
+        """
         seq = admit(self, request, text)
+        seq.beside = beside
         if seq.stop is None:
             self.loop.add(seq)
         return seq

@@ -107,6 +107,18 @@ def test_choices_have_seeds_counted_from_the_one_given(served, stream):
         assert answer.json()["usage"]["prompt_tokens"] == 6
 
 
+def test_choices_read_their_prompt_once_and_are_those_of_requests_of_their_own():
+    prompt = PROMPTS[-1]
+    words = {"prompt": prompt, "max_tokens": 12, "temperature": 1}
+    with Served("batching:width=3") as served:
+        choices = served.complete(n=5, seed=5, **words).json()["choices"]
+        assert served.session.report()["prompt_tokens"] == len(prompt) + 4
+        assert [choice["text"] for choice in choices] == [
+            served.complete(seed=5 + i, **words).json()["choices"][0]["text"] for i in range(5)
+        ]
+        assert served.settled() and served.engine.load()["kv_bytes"] == 0
+
+
 def test_without_a_seed_choices_differ(served):
     body = served.complete(prompt="abc", n=4, max_tokens=12, temperature=1.5).json()
     assert len({choice["text"] for choice in body["choices"]}) > 1

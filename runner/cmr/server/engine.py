@@ -26,7 +26,8 @@ RETRY = {"Retry-After": "1"}
 class Job:
     """One answer to compute: `prompt` ids and `options` for Session.request; its mailbox hears of it.
 
-    `pieces` says whether text is wanted as it comes, or whole at the end. `seq` belongs to the engine.
+    `pieces` says whether text is wanted as it comes, or whole at the end. `beside` is a job of the same prompt, given
+    before this one. `seq` belongs to the engine.
     """
 
     prompt: list[int]
@@ -34,6 +35,7 @@ class Job:
     mailbox: Mailbox
     index: int = 0
     pieces: bool = False
+    beside: Job | None = None
     came: float = field(default_factory=perf_counter)
     seq: Sequence | None = None
     timed: bool = False
@@ -181,7 +183,8 @@ class Engine:
         try:
             request = self.session.request(job.prompt, **job.options)
             _refuse_idle(request.sampling, job.options)
-            seq = job.seq = self.session.add(request, text=True)
+            beside = job.beside.seq if job.beside else None
+            seq = job.seq = self.session.add(request, text=True, beside=beside)
         except Exception as error:
             self._failed(job, error)
             return

@@ -25,19 +25,16 @@ class Reply:
         engine.check(len(prompts) * wanted.n)
         self._engine, self._n, self._shape, self._counts = engine, wanted.n, shape, wanted.usage
         self._mailbox = Mailbox()
-        pairs = [(prompt, choice) for prompt in prompts for choice in range(wanted.n)]
-        self._jobs = [
-            Job(
-                prompt.tokens,
-                wanted.choice(choice) | {"message": prompt.message},
-                self._mailbox,
-                index,
-                wanted.stream,
-            )
-            for index, (prompt, choice) in enumerate(pairs)
-        ]
+        self._jobs: list[Job] = []
+        for prompt in prompts:
+            first = None
+            for choice in range(wanted.n):
+                options = wanted.choice(choice) | {"message": prompt.message}
+                job = Job(prompt.tokens, options, self._mailbox, len(self._jobs), wanted.stream, first)
+                first = first or job
+                self._jobs.append(job)
         self._admitted = 0
-        self._texts = [""] * len(pairs)
+        self._texts = [""] * len(self._jobs)
         self._ends: dict[int, Ended] = {}
         engine.submit(self._jobs)
 
