@@ -51,6 +51,8 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
     With `text`, or stop strings, its answer is decoded as it comes. Raises RequestError for a request that
     cannot be served; a plugin's answer ends the sequence here.
     """
+    from cmr.sampling import Chances
+
     earlier, model = request.after, session.model
     if earlier is not None and (earlier.session is not session or earlier.stop is None):
         raise RequestError("a request goes on after a sequence that has ended in the same session")
@@ -67,7 +69,10 @@ def admit(session: Any, request: Request, text: bool = False) -> Sequence:
         begins = seq.tokens == [model.tokenizer.bos]  # nothing was written before the answer
         seq.text = Answer(model.tokenizer.stream(start=begins), tuple(request.stop))
     session.loop.figures.requests += 1
-    _answer(session, seq)
+    if request.logprobs is not None:
+        seq.chances = Chances(request.logprobs)
+    else:
+        _answer(session, seq)
     return seq
 
 

@@ -9,13 +9,14 @@ from typing import Any
 class Answer:
     """Turns tokens into pieces of text, holding back what may still become a stop string.
 
-    `decoder` has push(token) -> str and flush() -> str; `pieces` is what can be shown, stop strings left out.
+    `decoder` has push(token) -> str and flush() -> str; `pieces` is what can be shown, stop strings left out; `length`
+    counts the characters that came, shown or not.
     """
 
     def __init__(self, decoder: Any, stops: tuple[str, ...] = ()) -> None:
         self.decoder, self.stops = decoder, tuple(stop for stop in stops if stop)
         self.pieces: deque[str] = deque()
-        self.held = ""
+        self.held, self.length = "", 0
         self.ended = False
 
     def push(self, token: int) -> bool:
@@ -30,6 +31,7 @@ class Answer:
         self.held = ""
 
     def _take(self, text: str) -> None:
+        self.length += len(text)
         if self.ended or not text:
             return
         self.held += text

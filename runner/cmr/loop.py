@@ -183,12 +183,15 @@ class Loop:
                 seq.stop = seq.stop or "length"
             return
         try:
+            plain = None if seq.chances is None else logits.copy()  # hooks and the sampler edit in place
             for hook in self.plan.on_logits:
                 hook(seq, draft, logits)
             row = 0
             while True:
                 token = seq.sampler.sample(logits[row], seq.tokens, len(seq.tokens) - seq.n_prompt)
                 part.accepted.append(token)
+                if plain is not None:
+                    seq.chances.add(plain[row], token, 0 if seq.text is None else seq.text.length)
                 if self._take(seq, token) or row == len(draft) or token != draft[row]:
                     return
                 row += 1

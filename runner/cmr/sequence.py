@@ -21,8 +21,9 @@ class Request:
     `max_tokens` None means until the context is full. `stop_ids` None means the tokenizer's. `special` parses
     special tokens in a text prompt. `after` is a finished Sequence whose KV is used again as far as its
     tokens are the same. `message` is the last message of a conversation that the prompt was written from, None where
-    it is no conversation. `plugins` is what plugins of the session are told for this request alone, by name: a dict
-    of options that each of them takes from requests.
+    it is no conversation. `logprobs` asks how likely the model held each generated token and so many of the likeliest;
+    no plugin answers in the model's place then. `plugins` is what plugins of the session are told for this request
+    alone, by name: a dict of options that each of them takes from requests.
     """
 
     prompt: str | list[int] | None = None
@@ -36,6 +37,7 @@ class Request:
     id: str | None = None
     after: Sequence | None = None
     message: str | None = None
+    logprobs: int | None = None
     tokens: list[int] | None = None
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -46,6 +48,10 @@ class Request:
             raise RequestError("a request needs a prompt: a text or a list of token ids")
         if not isinstance(self.max_tokens, int | None):
             raise RequestError(f"max_tokens is {self.max_tokens!r}; it must be a whole number or None")
+        if not isinstance(self.logprobs, int | None) or (self.logprobs or 0) < 0:
+            raise RequestError(
+                f"logprobs is {self.logprobs!r}; it must be a whole number of at least 0 or None"
+            )
         if self.max_tokens is not None and self.max_tokens < 0:
             self.max_tokens = None
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -65,6 +71,7 @@ class Sequence:
     `borders` are the indices at which the tokens' role changes, from prompt (at 0) to generated and back; who
     holds a finished sequence holds its KV. `notes` is where plugins keep what belongs to this request; a text there is
     shown with the answer. `beside` is a sequence of the same session whose prompt begins alike: its KV is copied.
+    `chances` are sampling.Chances of the generated tokens where the request asks for logprobs, else None.
     """
 
     request: Request
@@ -82,6 +89,7 @@ class Sequence:
     error: Exception | None = None
     session: Any = None
     beside: Sequence | None = None
+    chances: Any = None
     started: bool = False
     times: dict[str, float] = field(default_factory=dict)
 

@@ -60,7 +60,6 @@ WRONG = {
     "unknown": ({"temprature": 1}, "no word 'temprature'; did you mean 'temperature'?"),
     "far off": ({"qqqq": 1}, "no word 'qqqq'; the words are OpenAI's, and the names of sampling settings"),
     "of a chat": ({"messages": []}, "no word 'messages'"),
-    "logprobs of none": ({"logprobs": 0}, "logprobs cannot be honoured"),
     "no prompt": ({"prompt": None}, "prompt must be a text"),
     "empty prompts": ({"prompt": []}, "prompt must be a text"),
     "truth as ids": ({"prompt": [True, False]}, "prompt must be a text"),

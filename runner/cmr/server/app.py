@@ -149,7 +149,8 @@ class Paths:
                     f"what an answer may be is up to the plugin {plugin}; start the server with --plugin {plugin}"
                 )
         given = await asyncio.to_thread(prompts, wanted.body)
-        reply = Reply(self.engine, given, wanted, kind(name, self.mark, wanted.usage))
+        speller = None if wanted.options.get("logprobs") is None else self.model.tokenizer
+        reply = Reply(self.engine, given, wanted, kind(name, self.mark, wanted.usage, speller))
         try:
             if not wanted.stream:
                 return JSONResponse(await _while_there(request.receive, reply.whole()))

@@ -6,15 +6,17 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from time import perf_counter
 from typing import Any
 
 from cmr.errors import CMRError, RequestError
+from cmr.sampling import Chance
 from cmr.sequence import Sequence
 from cmr.server.figures import Tally
-from cmr.server.mailbox import Admitted, Ended, Event, Mailbox
+from cmr.server.mailbox import Admitted, Ended, Event, Mailbox, Piece
 from cmr.server.refusals import Refusal, status_of
 from cmr.session import Session
 
@@ -27,7 +29,8 @@ class Job:
     """One answer to compute: `prompt` ids and `options` for Session.request; its mailbox hears of it.
 
     `pieces` says whether text is wanted as it comes, or whole at the end. `beside` is a job of the same prompt, given
-    before this one. `seq` belongs to the engine.
+    before this one. The rest belongs to the engine: `shown` counts characters that were handed on, `weighed` tokens
+    whose chances were.
     """
 
     prompt: list[int]
@@ -38,6 +41,8 @@ class Job:
     beside: Job | None = None
     came: float = field(default_factory=perf_counter)
     seq: Sequence | None = None
+    shown: int = 0
+    weighed: int = 0
     timed: bool = False
     ended: bool = False
 
@@ -206,8 +211,10 @@ class Engine:
             job.timed = True
             self.tally.first_token.observe(seq.times["first"] - job.came)
         if seq.text.pieces and (job.pieces or seq.stop is not None):
-            job.post("".join(seq.text.pieces))
+            text = "".join(seq.text.pieces)
             seq.text.pieces.clear()
+            job.shown += len(text)
+            job.post(Piece(text, _chances(seq, job)))
         if seq.stop is None:
             return
         del self._jobs[seq]
@@ -250,6 +257,16 @@ def _reason(seq: Sequence) -> str:
         ended = seq.text.ended or bool(seq.new) and seq.new[-1] in seq.stop_ids
         return "stop" if ended else "length"
     return str(seq.stop)
+
+
+def _chances(seq: Sequence, job: Job) -> tuple[Chance, ...]:
+    """How likely the tokens of the latest piece were: those whose text begins in what has been handed on."""
+    if seq.chances is None:
+        return ()
+    left = islice(seq.chances.found, job.weighed, None)
+    found = tuple(takewhile(lambda chance: chance.start < job.shown, left))
+    job.weighed += len(found)
+    return found
 
 
 def _refuse_idle(settings: Any, options: dict[str, Any]) -> None:

@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cmr.errors import CMRError
+from cmr.sampling import Chance
 
 
 @dataclass(frozen=True)
 class Admitted:
     """The answer is accepted and will be computed."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of the answer's text, and how likely its tokens were, where that is wanted."""
+
+    text: str
+    chances: tuple[Chance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class Ended:
     told: dict[str, str] = field(default_factory=dict)
 
 
-Event = Admitted | Ended | CMRError | str
-"""What can be told of an answer; a text is its next piece, an error its end."""
+Event = Admitted | Piece | Ended | CMRError
+"""What can be told of an answer; an error is its end."""
 
 
 class Mailbox:

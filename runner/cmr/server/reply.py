@@ -7,7 +7,7 @@ from typing import Any
 
 from cmr.errors import CMRError
 from cmr.server.engine import Engine, Job
-from cmr.server.mailbox import Admitted, Ended, Mailbox
+from cmr.server.mailbox import Admitted, Ended, Mailbox, Piece
 from cmr.server.prompts import Prompt
 from cmr.server.refusals import error_object
 from cmr.server.shapes import DONE, Completion, frame
@@ -34,7 +34,7 @@ class Reply:
                 first = first or job
                 self._jobs.append(job)
         self._admitted = 0
-        self._texts = [""] * len(self._jobs)
+        self._pieces: list[list[Piece]] = [[] for _ in self._jobs]
         self._ends: dict[int, Ended] = {}
         engine.submit(self._jobs)
 
@@ -52,7 +52,7 @@ class Reply:
         """Return all answers once the last has ended; raises the first failure."""
         while len(self._ends) < len(self._jobs):
             await self._take()
-        return self._shape.whole(self._texts, self._all_ends(), self._n)
+        return self._shape.whole(list(map(_joined, self._pieces)), self._all_ends(), self._n)
 
     async def admitted(self) -> None:
         """Wait until all are accepted, so that a refusal can still have a status of its own; raises it."""
@@ -66,8 +66,12 @@ class Reply:
         try:
             ended: set[int] = set()
             while True:
-                frames = [frame(shape.piece(index, text)) for index, text in enumerate(self._texts) if text]
-                self._texts = [""] * len(self._jobs)
+                frames = [
+                    frame(shape.piece(index, _joined(pieces)))
+                    for index, pieces in enumerate(self._pieces)
+                    if pieces
+                ]
+                self._pieces = [[] for _ in self._jobs]
                 for index in self._ends.keys() - ended:
                     frames.append(frame(shape.closing(index, self._ends[index])))
                     ended.add(index)
@@ -84,8 +88,8 @@ class Reply:
     async def _take(self) -> None:
         """Sort in what the engine has told since; raises the failure of an answer."""
         for job, event in await self._mailbox.take():
-            if isinstance(event, str):
-                self._texts[job.index] += event
+            if isinstance(event, Piece):
+                self._pieces[job.index].append(event)
             elif isinstance(event, Admitted):
                 self._admitted += 1
             elif isinstance(event, Ended):
@@ -95,3 +99,9 @@ class Reply:
 
     def _all_ends(self) -> list[Ended]:
         return [self._ends[index] for index in range(len(self._jobs))]
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """One piece of several."""
+    chances = tuple(one for piece in pieces for one in piece.chances)
+    return Piece("".join(piece.text for piece in pieces), chances)

@@ -26,16 +26,14 @@ RENAMED = {
 SAMPLING = {setting.name for setting in fields(SamplerSettings)} | set(RENAMED)
 OWN = {"max_tokens", "stop", "ignore_eos", "priority", "n", "model", "stream", "stream_options"}
 GRAMMAR = {"grammar", "json_schema", "response_format"}
-COMPLETION = SAMPLING | OWN | GRAMMAR | HARMLESS | {"prompt"}
-CHAT = SAMPLING | OWN | GRAMMAR | HARMLESS | {"messages", "chat_template_kwargs"}
+COMPLETION = SAMPLING | OWN | GRAMMAR | HARMLESS | {"prompt", "logprobs"}
+CHAT = SAMPLING | OWN | GRAMMAR | HARMLESS | {"messages", "chat_template_kwargs", "logprobs", "top_logprobs"}
+MOST_LIKELY = 20  # tokens that are shown beside each, at most, as OpenAI has it for chats
 
 _NO_TOOLS = "this server calls no tools"
 _TEXT_ONLY = "this server reads and writes text only"
-_NO_LOGPROBS = "probabilities of tokens are not given out"
 # What OpenAI's API has and this server has not: the sentence, and the values that ask for nothing.
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "logprobs": (_NO_LOGPROBS, (False,)),
-    "top_logprobs": (_NO_LOGPROBS, (0,)),
     "tools": (_NO_TOOLS, ([],)),
     "tool_choice": (_NO_TOOLS, ("none", "auto")),
     "parallel_tool_calls": (_NO_TOOLS, (True, False)),
@@ -86,6 +84,9 @@ def read(body: Any, known: Iterable[str]) -> Wanted:
         usage=_usage(words.pop("stream_options", None), stream),
     )
     wanted.options = {word: words.pop(word) for word in list(words) if word in SAMPLING | OWN}
+    chances = _chances(words, "messages" in known)
+    if chances is not None:
+        wanted.options["logprobs"] = chances
     _rename(wanted.options)
     _check(wanted.options)
     told = _grammar({word: words.pop(word) for word in list(words) if word in GRAMMAR})
@@ -147,6 +148,23 @@ def _usage(options: Any, stream: bool) -> bool:
     if options.get("include_obfuscation"):
         raise RequestError("include_obfuscation cannot be honoured: nothing is padded; leave it out")
     return bool(_of(bool, options.get("include_usage"), "include_usage", "true or false"))
+
+
+def _chances(words: dict[str, Any], chat: bool) -> int | None:
+    """How many of the likeliest tokens are wanted beside each: a number, beside true or false in a chat."""
+    wanted, most = words.pop("logprobs", False), words.pop("top_logprobs", None)
+    if chat:
+        if not _of(bool, wanted, "logprobs", "true or false"):
+            if most:
+                raise RequestError("top_logprobs needs logprobs: true")
+            return None
+        wanted = most or 0
+    if wanted is False:
+        return None
+    if not _whole(wanted) or not 0 <= wanted <= MOST_LIKELY:
+        word = "top_logprobs" if chat else "logprobs"
+        raise RequestError(f"{word} is {wanted!r:.80}; it must be a whole number of 0 to {MOST_LIKELY}")
+    return wanted
 
 
 def _rename(options: dict[str, Any]) -> None:
