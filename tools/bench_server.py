@@ -1,6 +1,6 @@
-"""Measure `cmr serve`: clients at once against one after the other, what HTTP adds to a token, second turns.
+"""Measure `cmr serve`: clients at once against one after the other, what HTTP adds to a token, second turns, choices.
 
-python tools/bench_server.py model.gguf [together] [overhead] [turns] [--clients 8] [--tokens 64] [--rounds 3] [-t 2]
+python tools/bench_server.py model.gguf [PART ...] [--clients 8] [--tokens 64] [--rounds 3] [-t 2], parts as below
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -61,6 +61,15 @@ def ask(place: str, path: str, body: dict[str, Any]) -> tuple[str, float, float]
             text += piece
     connection.close()
     return text, first, perf_counter() - began
+
+
+def whole(place: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the object that answers a request which does not stream."""
+    connection = http.client.HTTPConnection(place, timeout=600)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
 
 
 def _text(event: dict[str, Any]) -> str:
@@ -119,34 +128,58 @@ def overhead(args: argparse.Namespace) -> None:
 
 
 def turns(args: argparse.Namespace) -> None:
-    """Print seconds to the first piece of a second turn, with prefix-cache and without, in turns."""
-    path, found = "/v1/chat/completions", {"without": [], "with": []}
-    flags = ("--chat-template", "chatml")
-    with server(args, *flags) as plain, server(args, *flags, "--plugin", "prefix-cache") as caching:
+    """Print seconds to the first piece of a second turn, without prefix-cache, with it, and with answers, in turns."""
+    path, flags = "/v1/chat/completions", ("--chat-template", "chatml")
+    ways = {"plain": (), "prefix-cache": ("--plugin", "prefix-cache")}
+    ways["prefix-cache:answers"] = ("--plugin", "prefix-cache:answers")
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    with ExitStack() as servers:
+        places = {name: servers.enter_context(server(args, *flags, *more)) for name, more in ways.items()}
         for turn in range(args.rounds + 1):
             story = f"Story {turn}. " + "The fox went to the barn and saw a hen. " * 30
-            for name, place in (("without", plain), ("with", caching)):
+            texts = {}
+            for name, place in places.items():
                 talk = [{"role": "user", "content": story}]
                 body = GREEDY | {"messages": talk, "max_tokens": args.tokens, "stream": True}
                 said = ask(place, path, body)[0]
                 talk += [{"role": "assistant", "content": said}, {"role": "user", "content": "And then?"}]
-                text, first, _ = ask(place, path, body)
+                texts[name], first, _ = ask(place, path, body)
                 if turn:
                     found[name].append(first)
-                if name == "without":
-                    expected = text
-                elif text != expected:
-                    raise SystemExit("the texts differ")
-    plain_seconds, cached = (statistics.median(found[name]) for name in ("without", "with"))
+            if texts["plain"] != texts["prefix-cache"]:
+                raise SystemExit("the texts differ")
+    seconds = {name: statistics.median(times) for name, times in found.items()}
+    told = [f"{name} {took:.3f} s ({seconds['plain'] / took:.1f} x)" for name, took in seconds.items()]
+    print(f"second turn's first piece: {', '.join(told)}")
+
+
+def choices(args: argparse.Namespace) -> None:
+    """Print seconds of one request for four answers to a long prompt, and of four requests for one, in turns."""
+    n, found = 4, {"together": [], "apart": []}
+    body = GREEDY | {"max_tokens": args.tokens, "temperature": 1}
+    with server(args, "-np", str(n)) as place, ThreadPoolExecutor(n) as clients:
+        for turn in range(args.rounds + 1):
+            prompt = f"Story {turn}. " + "The fox went to the barn and saw a hen. " * 30
+            bodies = [body | {"prompt": prompt, "seed": 10 * turn + seed} for seed in range(n)]
+            began = perf_counter()
+            apart = list(clients.map(lambda one: ask(place, "/v1/completions", one)[0], bodies))
+            middle = perf_counter()
+            answer = whole(place, "/v1/completions", bodies[0] | {"n": n})
+            ended = perf_counter()
+            if apart != [choice["text"] for choice in answer["choices"]]:
+                raise SystemExit("the texts differ")
+            if turn:
+                found["apart"].append(middle - began)
+                found["together"].append(ended - middle)
+    apart, together = (statistics.median(found[name]) for name in ("apart", "together"))
     print(
-        f"second turn's first piece after {plain_seconds:.3f} s, with prefix-cache {cached:.3f} s: "
-        f"{plain_seconds / cached:.1f} x"
+        f"{n} requests for one answer {apart:.2f} s, one request for {n} {together:.2f} s: {apart / together:.2f} x"
     )
 
 
 def main() -> None:
     """Run the parts that are named, or all."""
-    parts = {"together": together, "overhead": overhead, "turns": turns}
+    parts = {"together": together, "overhead": overhead, "turns": turns, "choices": choices}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("parts", nargs="*", metavar="|".join(parts), default=list(parts))

@@ -119,6 +119,24 @@ def test_choices_read_their_prompt_once_and_are_those_of_requests_of_their_own()
         assert served.settled() and served.engine.load()["kv_bytes"] == 0
 
 
+def test_a_second_turn_reads_the_last_answer_again_unless_answers_are_stored():
+    read = {}
+    for name in ("prefix-cache", "prefix-cache:answers"):
+        with Served("batching", name) as served:
+            talk = list(ASK)
+            said = served.post("/v1/chat/completions", {"messages": talk} | GREEDY).json()
+            answer = said["choices"][0]["message"]["content"]
+            talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and?"}]
+            before = served.session.report()["prompt_tokens"]
+            again = served.post("/v1/chat/completions", {"messages": talk} | GREEDY).json()
+            read[name] = served.session.report()["prompt_tokens"] - before
+            new = again["usage"]["prompt_tokens"] - said["usage"]["prompt_tokens"] - 12
+            assert again["choices"][0]["notes"]["prefix-cache"].startswith(
+                f"{again['usage']['prompt_tokens'] - read[name]} of "
+            )
+    assert read == {"prefix-cache": new + 12, "prefix-cache:answers": new + 1}
+
+
 def test_without_a_seed_choices_differ(served):
     body = served.complete(prompt="abc", n=4, max_tokens=12, temperature=1.5).json()
     assert len({choice["text"] for choice in body["choices"]}) > 1

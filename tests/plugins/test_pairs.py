@@ -9,7 +9,7 @@ from cmr import PluginError, Session, discovery
 from cmr.plan import spelled
 
 # Options under which a plugin is exact and has something to do here; the others run with their defaults.
-OPTIONS = {"budget": "answer=9", "stop-loop": "times=2,span=8,least=6"}
+OPTIONS = {"budget": "answer=9", "stop-loop": "times=2,span=8,least=6", "prefix-cache": "answers=false"}
 # test_file_pairs.py has those that need a file; two need windows or experts and have a test file each.
 ELSEWHERE = ("expert-stream", "layer-stream", "spec-draft", "spec-exit", "kv-window")
 EXACT = [name for name in discovery.BUILTIN if name in OPTIONS or discovery.describe(name).exact is True]

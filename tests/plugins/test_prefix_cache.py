@@ -69,6 +69,46 @@ def test_a_sequence_that_goes_on_stores_only_what_was_prompt_from_the_start():
     assert cached(session, turn)[0] == run(prompt=turn, max_tokens=12)
 
 
+@pytest.mark.parametrize("block", [1, 8, 64])
+@pytest.mark.parametrize("options", [{}, SEEDED])
+def test_with_answers_a_turn_reads_what_is_new_and_goes_on_as_in_the_same_session(block, options):
+    """Which is the measure: a chat in one session keeps its KV too, with the roles in which it was computed."""
+    more = MODEL.tokenizer.encode(" and then")
+    session, chat = Session.open(MODEL, [f"prefix-cache:block={block},answers"]), Session.open(MODEL)
+    assert not session.plan.exact
+    turn, last = PROMPT, None
+    for number in range(4):
+        tokens, said = cached(session, turn, **options)
+        text = chat.text(turn, after=last, **{"max_tokens": 12, "temp": 0.0} | options)
+        "".join(text)
+        assert tokens == text.seq.new
+        if number:
+            assert said.startswith(f"{len(turn) - len(more) - 1} of {len(turn)} reused")
+        last, turn = text.seq, text.seq.tokens + more
+    fed = len(PROMPT) + 3 * (1 + len(more))
+    assert session.report()["prompt_tokens"] == fed == chat.report()["prompt_tokens"]
+
+
+def test_with_answers_drafts_and_batches_do_not_show():
+    plain = None
+    for plugins in ([], [Copies()], [Together(rows=3)]):
+        session = Session.open(MODEL, ["prefix-cache:block=4,answers", *plugins])
+        first = session.text(PROMPT, max_tokens=24, temp=0.0)
+        "".join(first)
+        tokens, said = cached(session, first.seq.tokens + [3, 4, 5])
+        plain = plain or tokens
+        assert tokens == plain and said.startswith(f"{len(PROMPT) + 23} of ")
+
+
+def test_a_folder_with_answers_serves_nobody_who_did_not_ask_for_them(tmp_path):
+    texts = []
+    for answers in (True, False, True):
+        session = Session.open(MODEL, [f"prefix-cache:block=8,dir={tmp_path},answers={answers}"])
+        texts.append(cached(session))
+    reused = [said for _, said in texts]
+    assert reused == ["0 of 52 reused: empty", "0 of 52 reused: other layout", "51 of 52 reused"]
+
+
 def exact_plugins():
     """Every official exact plugin that needs no option, and ours of the tests."""
     for name in discovery.BUILTIN:

@@ -23,14 +23,14 @@ class PrefixCache:
     """Use the KV of prompts again that begin alike, from memory and from a folder.
 
     Only tokens that were computed as prompt are stored: what was generated went through other kernels, and
-    would give other bits to a request that has it in its prompt.
+    would give other bits to a request that has it in its prompt. With `answers` it is stored all the same.
     """
 
-    exact = True
     memory: Annotated[int | str, "most bytes of KV in memory, as 1500000000, 512MB or 2GiB"] = "1GB"
     dir: Annotated[Path | None, "a folder to keep KV in for later runs and other processes"] = None
     disk: Annotated[int | str, "most bytes of files in the folder"] = "8GB"
     block: Annotated[int, "tokens in a block, the unit that is stored and removed"] = 64
+    answers: Annotated[bool, "store what was generated too, so that later turns may get other tokens"] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.block <= MOST_TOKENS:
@@ -45,6 +45,11 @@ class PrefixCache:
         self.unstored: Counter[str] = Counter()
         self.last = ""
 
+    @property
+    def exact(self) -> bool:
+        """A prompt that takes the KV of an answer has not the bits that it would compute."""
+        return not self.answers
+
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Learn what the session's KV depends on, how it is stored, and what the folder has of it."""
@@ -56,7 +61,7 @@ class PrefixCache:
                     "use one of them alone"
                 )
         layout = Layout(plan)
-        parts = key_parts(session, layout, self.block)
+        parts = key_parts(session, layout, self.block, self.answers)
         folder = Folder(self.dir, key_name(parts), parts, self.disk_limit) if self.dir is not None else None
         if parts not in self.keys:
             self.keys.append(parts)
@@ -74,10 +79,10 @@ class PrefixCache:
 
     @hookimpl
     def store_prefix(self, seq: Any) -> None:
-        """Store the leading tokens of the prompt role."""
+        """Store the leading tokens of the prompt role, or all that is cached."""
         store = self.stores.get(seq.session)
         prompt, end = seq.role(0)
-        end = min(end, seq.cached)
+        end = seq.cached if self.answers else min(end, seq.cached)
         if store is None or not prompt or end < 1:
             return
         why = store.store(seq.tokens[:end], seq.caches)

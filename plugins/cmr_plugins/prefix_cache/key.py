@@ -13,10 +13,15 @@ ALWAYS = ("layer_order", "kv_cache", "attention")
 INEXACT = ("weight_source", "on_attention", "on_layer", "on_step", "restore_prefix")
 
 
-def key_parts(session: Any, layout: Any, block: int) -> dict[str, str]:
-    """Return what a session's KV depends on besides the tokens, as texts by name, the most telling first."""
+def key_parts(session: Any, layout: Any, block: int, answers: bool) -> dict[str, str]:
+    """Return what a session's KV depends on besides the tokens, as texts by name, the most telling first.
+
+    With `answers` what is stored may have been generated.
+    """
     model, plan = session.model, session.plan
-    changing = [name for name, thing in plan.plugins.items() if _changes(plan, name, thing)]
+    changing = [
+        name for name, thing in plan.plugins.items() if name != "prefix-cache" and _changes(plan, name, thing)
+    ]
     others = [name for name in plan.plugins if name not in changing]
     rules = [model.rule(layer) for layer in range(model.n_layers)]
     ropes = getattr(model.config, "rope", None)
@@ -26,7 +31,7 @@ def key_parts(session: Any, layout: Any, block: int) -> dict[str, str]:
         "positions": f"context {session.context} of {model.config.n_ctx}, {_digest(repr((rules, ropes)))}",
         "template": _digest(model.chat_template or ""),
         "plan": f"layers {_digest(repr(plan.layers))} {' '.join(changing)}".rstrip(),
-        "layout": f"blocks of {block}, {_digest(str(layout))}",
+        "layout": f"blocks of {block}, {'answers too, ' * answers}{_digest(str(layout))}",
     }
     return parts | {"weights, options or version": session.fingerprint(*others)}
 
