@@ -196,3 +196,21 @@ def test_a_message_that_the_template_refuses_is_not_kept():
     with pytest.raises(RequestError):
         talk.ask("Hi")
     assert talk.messages == []
+
+
+def test_a_message_in_other_words_is_answered_from_the_folder_and_that_is_said(model, tmp_path):
+    def told(message, *more):
+        plugin = ("--plugin", f"answer-similar:path={tmp_path}")
+        result = run(model, *FLAGS, "-st", "-p", message, "--json", *plugin, *more)
+        return json.loads(result.stdout), result.stderr
+
+    first, _ = told("Tell me a story about a red bird.")
+    again, figures = told("Hi! Could you please tell me a story about a red bird?")
+    said = "answered from 'Tell me a story about a red bird.', similarity 1"
+    assert first["notes"] == {} and again["notes"] == {"answer-similar": said} and said in figures
+    assert again["tokens"] == first["tokens"] and again["stop"] == "answered"
+    for other in (
+        ("Tell me a story about a blue bird.",),
+        ("Tell me a story about a red bird.", "-sys", "Be kind."),
+    ):
+        assert told(*other)[0]["notes"] == {}
