@@ -29,6 +29,7 @@ MODELS = {
 }
 # Exact plugins by name, with options under which they have something to do; those that make no sense here are left out.
 OPTIONS = {
+    "prefix-cache": "answers=false",
     "budget": "answer=9",
     "stop-loop": "times=2,span=8,least=6",
     "spec-lookup": "gain=0",

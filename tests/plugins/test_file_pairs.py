@@ -10,6 +10,7 @@ from cmr import PluginError, Session, discovery
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-q8_0.gguf"
 OPTIONS = {
+    "prefix-cache": "answers=false",
     "budget": "answer=9",
     "stop-loop": "times=2,span=8,least=6",
     "spec-draft": f"model={TINY},gain=0,depth=3,threads=1",
