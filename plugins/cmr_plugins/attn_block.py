@@ -101,6 +101,17 @@ class BlockCache(LayerCache):
         lost = pos % SPAN >= TILE and span in self.seen and span not in self.probes
         return super().can_rollback_to(pos) and not lost
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return a copy of the contents, and of what patterns are made from."""
+        probes = {span: kept.copy() for span, kept in self.probes.items()}
+        return super().snapshot() | {"probes": probes, "seen": dict(self.seen), "patterns": dict(self.patterns)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Replace the contents by a snapshot."""
+        super().restore(state)
+        self.probes = {span: kept.copy() for span, kept in state["probes"].items()}
+        self.seen, self.patterns = dict(state["seen"]), dict(state["patterns"])
+
     def clear(self) -> None:
         """Forget everything and free it."""
         super().clear()
