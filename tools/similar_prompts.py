@@ -1,7 +1,7 @@
 """Measure how well texts tell prompts that ask the same from those that nearly do, and what finding one takes.
 
-    python tools/similar_prompts.py ../shared/data/prompts
-    python tools/similar_prompts.py ../shared/data/prompts --time 10000
+    python tools/similar_prompts.py FOLDER
+    python tools/similar_prompts.py FOLDER --time 10000
 
 The pairs are those of prompt_pairs.py, which says how they are made and what the folder holds.
 """

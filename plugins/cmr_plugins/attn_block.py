@@ -104,7 +104,11 @@ class BlockCache(LayerCache):
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the contents, and of what patterns are made from."""
         probes = {span: kept.copy() for span, kept in self.probes.items()}
-        return super().snapshot() | {"probes": probes, "seen": dict(self.seen), "patterns": dict(self.patterns)}
+        return super().snapshot() | {
+            "probes": probes,
+            "seen": dict(self.seen),
+            "patterns": dict(self.patterns),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Replace the contents by a snapshot."""

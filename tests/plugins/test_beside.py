@@ -128,7 +128,10 @@ def test_the_first_may_end_or_fail_before_the_others_begin():
 
 
 def test_patterns_of_long_prompts_are_copied_with_their_keys():
-    plugin, prompts = "attn-block:vertical=1,slash=1,dense=512", [(LONG * 6 + "and", seed) for seed in SEEDS[:3]]
+    plugin, prompts = (
+        "attn-block:vertical=1,slash=1,dense=512",
+        [(LONG * 6 + "and", seed) for seed in SEEDS[:3]],
+    )
     found, fed = together(opened(plugin, "batching"), prompts)
     assert found == alone(opened(plugin), prompts) != alone(opened(), prompts)
     assert fed == len(LONG * 6) + 3 + 2
