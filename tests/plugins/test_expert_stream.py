@@ -89,7 +89,8 @@ def test_tokens_are_the_plain_runs(model, share, chunk):
     for options in ({"temp": 0.0}, {"temp": 1.0, "seed": 5}):
         session, source = streamed(model, share=share, chunk=chunk)
         assert answers(session, **options) == answers(Session.open(model), **options)
-        assert source.missed and 0 < source.taken <= source.room
+        assert source.asked and 0 < source.taken <= source.room
+        assert share or source.missed
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=label)
@@ -147,7 +148,8 @@ def test_what_is_held_is_not_read_again(model):
     assert (source.read_bytes, source.missed) == (read, missed) or room < max(source.sizes.values())
     report = session.report()["expert-stream"]
     assert report["held_bytes"] == source.taken <= report["resident_bytes"] - source.fixed
-    assert 0 < report["hit_rate"] < 1 and report["read_bytes"] == source.read_bytes
+    assert report["hit_rate"] == 1 - source.missed / source.asked > 0.3
+    assert report["read_bytes"] == source.read_bytes
 
 
 def test_what_is_foreseen_is_said_first(model, capsys):
