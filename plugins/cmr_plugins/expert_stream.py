@@ -110,7 +110,7 @@ class Source:
         self.fixed = model.file.nbytes - whole - rows
         self.total = self.experts * sum(self.sizes.values())
         self.room = self._room(budget)
-        self.use = np.empty((model.n_layers, self.experts))
+        self.use = np.full((model.n_layers, self.experts), self.chosen / self.experts)
         self.held = np.zeros((model.n_layers, self.experts), bool)
         self.taken = self.asked = self.missed = self.read_bytes = self.steps = 0
         self.waited = 0.0
