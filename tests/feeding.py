@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from cmr.kvcache import LayerCache
 from cmr.model import Model, plain_plan
 from cmr.sequence import Part, Request, Sequence, Step
+from cmr.state import cache_factory
 
 
 def new_sequence(model: Model, tokens: list[int] | np.ndarray, dtype: Any = np.float32) -> Sequence:
     """A sequence with empty plain caches."""
     ids = [int(token) for token in tokens]
-    caches = [LayerCache(model.ops, *model.config.kv_shape(i), dtype=dtype) for i in range(model.n_layers)]
+    caches = [cache_factory(model, i, dtype=dtype)() for i in range(model.n_layers)]
     return Sequence(Request(tokens=ids), ids, caches)
 
 

@@ -44,6 +44,10 @@ class Recipe:
     vocabulary: Mapping[str, Any] = field(
         default_factory=dict
     )  # metadata of one; none: VOCAB ids without texts
+    gated: bool = False  # each head's query is followed by its gate
+    delta: tuple[int, int, int, int, int] | None = None  # key heads, heads, dim, dim_v, window
+    recurrent: tuple[int, ...] = ()  # layers that have it
+    whole: bool = False  # with most inputs in one tensor, key head by key head
     type: str = "F32"
 
     def at(self, name: str, layer: int) -> int:
@@ -80,6 +84,11 @@ class _Maker:
         if r.experts:
             names = ("expert_count", "expert_used_count", "expert_feed_forward_length")
             sizes |= dict(zip(names, (*r.experts, r.expert_inner), strict=True))
+        if r.delta:
+            names = ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
+            key_heads, heads, dim, dim_v, window = r.delta
+            values = (key_heads, heads, dim, heads * dim_v, window)
+            sizes |= {f"ssm.{name}": value for name, value in zip(names, values, strict=True)}
         keys = {f"{r.arch}.{key}": _value(value) for key, value in (sizes | dict(r.meta)).items()}
         return {"general.architecture": r.arch, "general.name": "tiny"} | keys | dict(r.vocabulary)
 
@@ -98,10 +107,18 @@ class _Maker:
 
     def block(self, layer: int, blk: str) -> None:
         r = self.recipe
-        heads, groups, inner = (r.at(name, layer) for name in ("heads", "kv_heads", "inner"))
-        rows = {"attn_q": heads * r.dim, "attn_k": groups * r.dim, "attn_v": groups * r.dim_v}
         for name in r.norms:
             self.norm(blk + name, r.width)
+        if layer in r.recurrent:
+            self.delta_net(blk)
+        else:
+            self.attention(layer, blk)
+        self.feed_forward(blk, r.at("inner", layer), layer in r.dense)
+
+    def attention(self, layer: int, blk: str) -> None:
+        r = self.recipe
+        heads, groups = r.at("heads", layer), r.at("kv_heads", layer)
+        rows = {"attn_q": (1 + r.gated) * heads * r.dim, "attn_k": groups * r.dim, "attn_v": groups * r.dim_v}
         if r.head_norms:
             for name, count in (("attn_q_norm", heads), ("attn_k_norm", groups)):
                 shapes = {"one": (r.dim,), "each": (count, r.dim), "all": (count * r.dim,)}
@@ -111,10 +128,25 @@ class _Maker:
         else:
             for name, count in rows.items():
                 self.matrix(blk + name, count, r.width)
-        self.feed_forward(blk, inner, layer in r.dense)
         if r.sinks:
             self.made[f"{blk}attn_sinks.weight"] = self.rng.uniform(-1, 3, heads).astype(np.float32)
         self.matrix(f"{blk}attn_output", r.width, heads * r.dim_v)
+
+    def delta_net(self, blk: str) -> None:
+        r = self.recipe
+        key_heads, heads, dim, dim_v, window = r.delta or (0,) * 5
+        values, channels = heads * dim_v, 2 * key_heads * dim + heads * dim_v
+        if r.whole:
+            self.matrix(f"{blk}ssm_in", channels + values, r.width)
+        else:
+            self.matrix(f"{blk}attn_qkv", channels, r.width)
+            self.matrix(f"{blk}attn_gate", values, r.width)
+        self.matrix(f"{blk}ssm_ba", 2 * heads, r.width)
+        self.made[f"{blk}ssm_conv1d.weight"] = self.values(channels, window, 0.7)
+        self.made[f"{blk}ssm_dt.bias"] = self.rng.uniform(-3, 2, heads).astype(np.float32)
+        self.made[f"{blk}ssm_a"] = -self.rng.uniform(0.02, 2, heads).astype(np.float32)
+        self.norm(f"{blk}ssm_norm", dim_v)
+        self.matrix(f"{blk}ssm_out", r.width, values)
 
     def feed_forward(self, blk: str, inner: int, dense: bool) -> None:
         r = self.recipe
@@ -259,6 +291,30 @@ RECIPES: dict[str, Recipe] = {
         sinks=True,
         biases=(*_QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
         meta=_YARN | {"attention.sliding_window": 9},
+    ),
+    "qwen3next": Recipe(
+        arch="qwen3next",
+        layers=4,
+        norms=("attn_norm", "post_attention_norm"),
+        head_norms="one",
+        experts=(10, 3),
+        shared="weighed",
+        gated=True,
+        delta=(2, 4, 16, 16, 4),
+        recurrent=(0, 1, 2),
+        meta={"rope.dimension_count": 4},
+    ),
+    "qwen3next-odd": Recipe(
+        arch="qwen3next",
+        heads=3,
+        kv_heads=1,
+        norms=("attn_norm", "post_attention_norm"),
+        head_norms="one",
+        gated=True,
+        delta=(3, 9, 21, 35, 3),
+        recurrent=(1, 2),
+        whole=True,
+        meta={"attention.recurrent_layers": (False, True, True)},
     ),
     "sinks": Recipe(arch="qwen3", head_norms="one", sinks=True, kv_heads=1),
     "gemma2": Recipe(

@@ -16,6 +16,10 @@ NEIGHBOURS = (
 )
 
 
+# Architectures whose norm before the feed-forward part is called post_attention_norm.
+LATE = ("gpt-oss", "qwen3next")
+
+
 class Reference:
     """A GGUF model wholly in float64."""
 
@@ -70,13 +74,13 @@ class Reference:
     def block(self, h, layer):
         blk, eps, scale = f"blk.{layer}", self.eps(), self.key("residual_scale", 1.0)
         x = self.norm(h, f"{blk}.attn_norm", eps)
-        a = self.attention(x, layer)
-        if self.arch != "gpt-oss":  # whose norm of this name is the next one
+        a = self.delta_net(x, blk) if f"{blk}.ssm_out.weight" in self.weights else self.attention(x, layer)
+        if self.arch not in LATE:  # whose norm of this name is the next one
             a = self.norm(a, f"{blk}.post_attention_norm", eps)
         if self.arch == "stablelm" and f"{blk}.ffn_norm.weight" not in self.weights:
             return h + a + self.mlp(x, blk)  # StableLM 2 12B: both branches read the same norm
         h = h + scale * a
-        name = "post_attention_norm" if self.arch == "gpt-oss" else "ffn_norm"
+        name = "post_attention_norm" if self.arch in LATE else "ffn_norm"
         f = self.mlp(self.norm(h, f"{blk}.{name}", eps), blk)
         return h + scale * self.norm(f, f"{blk}.post_ffw_norm", eps)
 
@@ -141,6 +145,10 @@ class Reference:
             q, k, v = np.split(whole, [heads * dim, (heads + groups) * dim], axis=1)
         else:
             q, k, v = (self.linear(x, f"{blk}.attn_{c}") for c in "qkv")
+        gate = None
+        if self.arch == "qwen3next":
+            q, gate = np.split(q.reshape(n, heads, 2 * dim), 2, axis=2)
+            q, gate = q.reshape(n, -1), gate.reshape(n, -1)
         q = self.head_norm(q, f"{blk}.attn_q_norm", heads, eps)
         k = self.head_norm(k, f"{blk}.attn_k_norm", groups, eps)
         v = v.reshape(n, groups, dim_v)
@@ -168,7 +176,47 @@ class Reference:
             if f"{blk}.attn_sinks.weight" in self.weights:
                 total += np.exp(self.weights[f"{blk}.attn_sinks.weight"][head] - top)
             out[:, head] = p / total @ v[:, group]
-        return self.linear(out.reshape(n, -1), f"{blk}.attn_output")
+        out = out.reshape(n, -1)
+        return self.linear(out if gate is None else out / (1 + np.exp(-gate)), f"{blk}.attn_output")
+
+    def delta_net(self, x, blk):
+        """Gated DeltaNet (Yang et al. 2024) with a matrix M [dim_v, dim] a head, as the paper writes it:
+
+        M_t = M_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T; o_t = M_t q_t.
+        """
+        n, w = len(x), {key: self.weights[f"{blk}.ssm_{key}"] for key in ("conv1d.weight", "dt.bias", "a")}
+        groups, heads, dim = (
+            self.key(f"ssm.{name}") for name in ("group_count", "time_step_rank", "state_size")
+        )
+        dim_v, each = self.key("ssm.inner_size") // heads, heads // groups
+        if f"{blk}.ssm_in.weight" in self.weights:
+            by_group = self.linear(x, f"{blk}.ssm_in").reshape(n, groups, -1)
+            cuts = np.cumsum([dim, dim, each * dim_v])
+            q, k, v, z = (part.reshape(n, -1) for part in np.split(by_group, cuts, axis=2))
+            mixed = np.concatenate([q, k, v], axis=1)
+        else:
+            mixed, z = self.linear(x, f"{blk}.attn_qkv"), self.linear(x, f"{blk}.attn_gate")
+        write, keep = np.split(self.linear(x, f"{blk}.ssm_ba").reshape(n, groups, 2 * each), 2, axis=2)
+        beta = 1 / (1 + np.exp(-write.reshape(n, heads)))
+        alpha = np.exp(w["a"] * np.log1p(np.exp(keep.reshape(n, heads) + w["dt.bias"])))
+        taps = w["conv1d.weight"]
+        padded = np.concatenate([np.zeros((taps.shape[1] - 1, mixed.shape[1])), mixed])
+        mixed = np.array([(padded[t : t + taps.shape[1]] * taps.T).sum(0) for t in range(n)])
+        mixed /= 1 + np.exp(-mixed)
+        q, k, v = np.split(mixed, [groups * dim, 2 * groups * dim], axis=1)
+        out = np.zeros((n, heads, dim_v))
+        for head in range(heads):
+            mine = slice(head // each * dim, (head // each + 1) * dim)
+            matrix = np.zeros((dim_v, dim))
+            for t in range(n):
+                q_t, k_t = (y / np.sqrt(y @ y + self.eps()) for y in (q[t, mine], k[t, mine]))
+                v_t = v[t, head * dim_v : (head + 1) * dim_v]
+                matrix = matrix @ (alpha[t, head] * (np.eye(dim) - beta[t, head] * np.outer(k_t, k_t)))
+                matrix += beta[t, head] * np.outer(v_t, k_t)
+                out[t, head] = matrix @ q_t / math.sqrt(dim)
+        z = z.reshape(n, heads, dim_v)
+        gated = self.norm(out, f"{blk}.ssm_norm", self.eps()) * z / (1 + np.exp(-z))
+        return self.linear(gated.reshape(n, -1), f"{blk}.ssm_out")
 
     def head_norm(self, x, name, heads, eps):
         """Norms of queries and keys: over all heads at once in OLMo 2, over each head elsewhere."""

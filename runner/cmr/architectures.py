@@ -35,10 +35,14 @@ class Quirks:
     rope_period: int = 0  # every n-th layer does not rotate
     experts_normalized: bool = True  # weights of the chosen experts sum to one
     rope_switch: bool = False  # rope.scaling.finetuned = false means no rotation at all
+    attention_period: int = 0  # all but every n-th layer are recurrent, where the file does not say which
+    gated_attention: bool = False  # queries come with a gate each, head by head
 
 
 _SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 _QK = ("attn_q_norm", "attn_k_norm")
+# The norm before the feed-forward part goes by the name of one after attention.
+_LATE_FFN_NORM = (("ffn_norm", "post_attention_norm"), ("post_attention_norm", ""))
 
 # Facts from llama.cpp's model loader and the reference implementations in transformers.
 ARCHITECTURES: dict[str, Quirks] = {
@@ -47,6 +51,12 @@ ARCHITECTURES: dict[str, Quirks] = {
     "qwen2": Quirks(),
     "qwen3": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
     "qwen3moe": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
+    "qwen3next": Quirks(
+        norms=("attn_norm", "post_attention_norm", *_QK),
+        norm_tensors=_LATE_FFN_NORM,
+        attention_period=4,
+        gated_attention=True,
+    ),
     "olmoe": Quirks(norms=("attn_norm", "ffn_norm", *_QK), experts_normalized=False),
     "gemma2": Quirks(
         norms=_SANDWICH,
@@ -75,7 +85,7 @@ ARCHITECTURES: dict[str, Quirks] = {
     "ernie4_5-moe": Quirks(pairing="norm"),
     "gpt-oss": Quirks(
         norms=("attn_norm", "post_attention_norm"),
-        norm_tensors=(("ffn_norm", "post_attention_norm"), ("post_attention_norm", "")),
+        norm_tensors=_LATE_FFN_NORM,
         activation="swiglu_oai",
         window_period=2,
     ),

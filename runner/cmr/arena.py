@@ -11,7 +11,7 @@ import numpy as np
 from cmr.config import Config
 from cmr.ops.records import Buffer, routes_bytes
 from cmr.ops.table import Experts, Ops
-from cmr.shapes import qkv_rows
+from cmr.shapes import input_rows, qkv_rows
 
 # Views are remembered for so many row ranges; a decoding batch needs one range for each of its sequences.
 MAX_VIEWS = 4096
@@ -24,7 +24,7 @@ Heads = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class Arena:
     """Buffers for steps of up to `rows` rows.
 
-    `hidden` is the residual stream, `qkv` queries, keys and values side by side, `mixed` what attention
+    `hidden` is the residual stream, `qkv` the inputs of a mixer side by side (queries, keys, values), `mixed` what it
     gives, `inner` the inside of the feed-forward part, `spare` a branch that a norm waits for, `last` the
     rows whose `logits` count. `choices` are logits of experts, `routes` who chose which, where there are experts,
     `shared` the inside of the one that all rows go through, `weighs` logits of its weight.
@@ -118,7 +118,8 @@ def products(config: Config, rows: int) -> Iterator[tuple[int, int, int, int]]:
 
 def _widths(config: Config) -> tuple[int, int, int, int, int]:
     """The columns of hidden, qkv, mixed, inner and spare."""
-    qkv = max(sum(qkv_rows(config, layer)) for layer in range(config.n_layers))
+    qkv = max(input_rows(config, layer) for layer in range(config.n_layers))
+    mixed = max(max(config.n_heads) * config.head_dim_v, config.delta.values if config.delta else 0)
     used = config.router.used if config.router else 1
     inner = max(width * (used if layer in config.routed else 1) for layer, width in enumerate(config.n_ff))
-    return config.n_embd, qkv, max(config.n_heads) * config.head_dim_v, inner, config.n_embd
+    return config.n_embd, qkv, mixed, inner, config.n_embd

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cmr.architectures import Quirks, quirks_of
+from cmr.deltanet import DeltaNet, read_delta, read_kinds
 from cmr.errors import ModelError
 from cmr.gguf_file import GGUFFile, Tensor
 from cmr.metadata import Metadata
@@ -31,6 +32,10 @@ class Config:
     Layers that `routed` names are mixtures of experts, of which rows choose by `router`; their `n_ff` is that of one
     expert, `n_ff_shared` that of the one that all rows go through (0: none). `sink_logits` are those of
     kvcache.AttnRule.
+
+    Layers whose `layer_kinds` is "recurrent" have a gated delta net of the sizes `delta` instead of attention, and
+    neither heads nor keys. With `gated_attention` each query of the others comes with a gate for what its head gives.
+    Of the file's blocks the last `n_drafting` only draft, and are left alone.
     """
 
     arch: str
@@ -64,16 +69,21 @@ class Config:
     routed: frozenset[int]
     n_ff_shared: int
     sink_logits: tuple[np.ndarray | None, ...]
+    layer_kinds: tuple[str, ...]
+    delta: DeltaNet | None
+    gated_attention: bool
+    n_drafting: int
 
     @property
     def features(self) -> frozenset[str]:
         """What the model needs of an op table that not all have."""
         needs = {"experts": self.routed, "swiglu_oai": self.activation == "swiglu_oai"}
         needs["sink_logits"] = any(logits is not None for logits in self.sink_logits)
+        needs |= {"delta_net": self.delta is not None, "gated_attention": self.gated_attention}
         return frozenset(name for name, needed in needs.items() if needed)
 
     def kv_shape(self, layer: int) -> tuple[int, int, int]:
-        """Return (kv_heads, dim of keys, dim of values) of a layer's cache."""
+        """Return (kv_heads, dim of keys, dim of values) of a layer's cache; a recurrent one has no heads."""
         return self.n_kv_heads[layer], self.head_dim, self.head_dim_v
 
 
@@ -93,13 +103,16 @@ def read_config(
         raise ModelError(
             f"{keys.source} has no token_embd.weight with two dimensions; it holds no language model"
         )
-    n_layers = keys.integer("block_count", high=len(file.tensors))
+    n_blocks = keys.integer("block_count", high=len(file.tensors))
+    n_drafting = keys.integer("nextn_predict_layers", 0, low=0, high=n_blocks - 1)
+    n_layers = n_blocks - n_drafting
     n_ctx_train = keys.integer("context_length", high=1 << 40)
     if context is not None and context < 1:
         raise ModelError(f"a context of {context} tokens is not possible; at least 1 is needed")
     n_ctx = context or n_ctx_train
     routed = frozenset(i for i in range(n_layers) if f"blk.{i}.ffn_gate_inp.weight" in file.tensors)
-    sizes = _sizes(keys, n_layers, routed)
+    kinds = read_kinds(keys, quirks.attention_period, n_layers)
+    sizes = _sizes(keys, n_layers, routed, kinds)
     windows = _windows(keys, quirks, n_layers)
     config = Config(
         arch=keys.arch,
@@ -113,7 +126,13 @@ def read_config(
         **_scales(keys, quirks, n_layers, sizes),
         activation=quirks.activation,
         window=windows,
-        rope=_ropes(keys, quirks, file.tensors, windows, sizes["head_dim"], n_ctx_train, n_ctx),
+        rope=tuple(
+            rope if heads else None
+            for rope, heads in zip(
+                _ropes(keys, quirks, file.tensors, windows, sizes["head_dim"], n_ctx_train, n_ctx),
+                sizes["n_heads"],
+            )
+        ),
         norms=quirks.norms,
         norm_tensors=dict(quirks.norm_tensors),
         parallel_residual=quirks.norms == ("attn_norm",) and _norms_once(file.tensors),
@@ -122,7 +141,13 @@ def read_config(
         routed=routed,
         n_ff_shared=_shared_width(file.tensors),
         sink_logits=tuple(_sinks(file.tensors, layer, sizes["n_heads"][layer]) for layer in range(n_layers)),
+        layer_kinds=kinds,
+        delta=read_delta(keys) if "recurrent" in kinds else None,
+        gated_attention=quirks.gated_attention,
+        n_drafting=n_drafting,
     )
+    if config.gated_attention and config.head_dim != config.head_dim_v:
+        raise keys.fail("attention.value_length", f"is {config.head_dim_v}; gates have {config.head_dim}")
     keys.refuse_unread_overrides()
     return config
 
@@ -159,7 +184,7 @@ def _widths(keys: Metadata, n_layers: int, routed: Collection[int]) -> tuple[int
     return tuple((experts if i in routed else dense)[i] for i in range(n_layers))
 
 
-def _sizes(keys: Metadata, n_layers: int, routed: Collection[int]) -> dict[str, Any]:
+def _sizes(keys: Metadata, n_layers: int, routed: Collection[int], kinds: tuple[str, ...]) -> dict[str, Any]:
     n_embd = keys.integer("embedding_length")
     n_heads = keys.per_layer("attention.head_count", n_layers)
     n_kv_heads = keys.per_layer("attention.head_count_kv", n_layers, default=n_heads)
@@ -167,10 +192,11 @@ def _sizes(keys: Metadata, n_layers: int, routed: Collection[int]) -> dict[str, 
         if heads % kv_heads:
             raise keys.fail("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
     head_dim = keys.integer("attention.key_length", max(1, n_embd // n_heads[0]), high=1 << 16)
+    attending = [kind == "attention" for kind in kinds]
     return {
         "n_embd": n_embd,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
+        "n_heads": tuple(count * there for count, there in zip(n_heads, attending)),
+        "n_kv_heads": tuple(count * there for count, there in zip(n_kv_heads, attending)),
         "head_dim": head_dim,
         "head_dim_v": keys.integer("attention.value_length", max(1, n_embd // n_heads[0]), high=1 << 16),
         "n_ff": _widths(keys, n_layers, routed),
@@ -185,7 +211,7 @@ def _norms(keys: Metadata, quirks: Quirks) -> dict[str, Any]:
 
 def _scales(keys: Metadata, quirks: Quirks, n_layers: int, sizes: dict[str, Any]) -> dict[str, Any]:
     n_embd, head_dim = sizes["n_embd"], sizes["head_dim"]
-    width = n_embd // sizes["n_heads"][0] if n_layers == quirks.wide_scale_layers else head_dim
+    width = n_embd // max(sizes["n_heads"]) if n_layers == quirks.wide_scale_layers else head_dim
     logit_scale = keys.number("logit_scale", 0.0) or 1.0
     return {
         "embed_scale": keys.number("embedding_scale", 0.0)

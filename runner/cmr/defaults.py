@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from cmr.hookspecs import hookimpl
-from cmr.kvcache import AttnRule, LayerCache
+from cmr.kvcache import AttnRule
 from cmr.scheduler import Fifo
+from cmr.state import cache_factory
 
 BUILT_IN = "built in"
 
@@ -17,7 +18,7 @@ class Defaults:
 
     def __init__(self, model: Any, chunk: int) -> None:
         self.model, self.chunk, self.reached = model, chunk, False
-        self.makers = [LayerCache.factory(model, layer) for layer in range(model.n_layers)]
+        self.makers = [cache_factory(model, layer) for layer in range(model.n_layers)]
 
     @hookimpl(trylast=True)
     def weight_source(self) -> Any:
@@ -30,7 +31,7 @@ class Defaults:
         return range(self.model.n_layers)
 
     @hookimpl(trylast=True)
-    def kv_cache(self, layer: int) -> Callable[[], LayerCache]:
+    def kv_cache(self, layer: int) -> Callable[[], Any]:
         self.reached = True
         return self.makers[layer]
 

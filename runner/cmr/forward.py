@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,10 @@ from cmr.arena import Arena
 from cmr.config import Config
 from cmr.errors import RequestError
 from cmr.feed import Dense, Mixture, add_branch
-from cmr.ops.records import RopeTable
+from cmr.mix import Attention, Recurrent
 from cmr.ops.table import Ops
 from cmr.replay import Replay
-from cmr.rope import Rope
 from cmr.weights import Layer, Weights
-
-# Rotation tables start so long and grow with the positions used.
-ROPE_POSITIONS = 1024
 
 
 class Forward:
@@ -31,20 +26,8 @@ class Forward:
         self._arena: Arena | None = None
         self._headed = False  # whether logits hold those of all rows already
         self._replay = Replay(ops)
+        self.attention, self.recurrent = Attention(ops, config, self._replay), Recurrent(ops, self._replay)
         self._held: tuple[Callable[[int], None], int, Layer] | None = None
-
-    @cached_property
-    def ropes(self) -> list[tuple[RopeTable, str] | None]:
-        """The rotation table and pairing of each layer, None where it does not rotate."""
-        tables: dict[int, tuple[RopeTable, str]] = {}
-
-        def table_of(rope: Rope) -> tuple[RopeTable, str]:
-            if id(rope) not in tables:
-                made = self.ops.rope_table(rope.inv_freq(), ROPE_POSITIONS, rope.magnitude)
-                tables[id(rope)] = made, rope.pairing
-            return tables[id(rope)]
-
-        return [None if rope is None else table_of(rope) for rope in self.config.rope]
 
     def run(self, plan: Any, step: Any) -> list[np.ndarray]:
         """Run a step through the layers of a plan, writing its caches.
@@ -90,8 +73,9 @@ class Forward:
             self._logits(plan, step, arena)
 
     def _seen(self, step: Any, arena: Arena, layer: int) -> tuple[int, list[np.ndarray], np.ndarray]:
-        """What plugins see of a layer that has run: its index, each part's queries, and the rows it gave."""
-        queries = [arena.heads(layer, rows)[0] for rows in step.spans]
+        """What plugins see of a layer that has run: its index, each part's queries if any, and the rows it gave."""
+        attends = self.config.layer_kinds[layer] == "attention"
+        queries = [arena.heads(layer, rows)[0] for rows in step.spans] if attends else []
         return layer, queries, arena.hidden.array[: len(step.tokens)]
 
     def _shown(
@@ -129,16 +113,13 @@ class Forward:
     def write_kv(self, plan: Any, step: Any, layers: Sequence[int]) -> None:
         """Write keys and values of the step under way into the caches of layers that are left out.
 
-        They are computed from what the layer before those gave, as if each left out passed it on.
+        They are computed from what the layer before those gave, as if each left out passed it on; so are states.
         """
         arena = self._rows(len(step.tokens))
         for index in layers:
             layer = plan.weights.acquire(index)
             try:
-                self._queries_and_keys(step, layer, arena, self.config.n_heads[index])
-                for part, rows in zip(step.parts, step.spans):
-                    _, k, v, _ = arena.heads(index, rows)
-                    part.seq.caches[index].append(k, v, arena.pos[rows])
+                self._mixer(layer).write(step, layer, arena)
             finally:
                 plan.weights.release(index)
 
@@ -183,9 +164,9 @@ class Forward:
         return self._arena
 
     def _block(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
-        """hidden += attention(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
+        """hidden += mixer(hidden), then hidden += feed_forward(hidden), or both of the same hidden."""
         n, n_prompt, config = len(step.tokens), step.n_prompt, self.config
-        self._attention(plan, step, layer, arena)
+        self._mixer(layer).run(plan, step, layer, arena)
         if config.parallel_residual:
             feed = self._inside(plan, step, layer, arena)
         mixed = arena.mixed, n, n_prompt, layer.attn_output, layer.post_attention_norm
@@ -207,32 +188,9 @@ class Forward:
         self.mixture.begin(*rows)
         return self.mixture
 
-    def _attention(self, plan: Any, step: Any, layer: Layer, arena: Arena) -> None:
-        """mixed = attention over each part's cache, which takes the new keys and values first."""
-        index = layer.index
-        self._queries_and_keys(step, layer, arena)
-        replay, attend = self._replay, plan.attend[index]
-        for number, rows in enumerate(step.spans):
-            replay.attend(step, number, index, attend, arena.pos[rows], arena.heads(index, rows))
-
-    def _queries_and_keys(self, step: Any, layer: Layer, arena: Arena, first: int = 0) -> None:
-        """qkv = rotated queries, rotated keys and values of every row; no queries if `first` is behind them."""
-        config, ops, x = self.config, self.ops, arena.qkv
-        n, index, dim = len(step.tokens), layer.index, self.config.head_dim
-        heads, kv_heads = config.n_heads[index], config.n_kv_heads[index]
-        parts = layer.attn_qkv[1:] if first else layer.attn_qkv
-        ops.project(arena.hidden, n, step.n_prompt, parts, x, norm=layer.attn_norm, column=first * dim)
-        if layer.attn_q_norm is not None and not first:
-            apart = layer.q_norm_heads
-            ops.head_norm(x, n, 0, apart, heads * dim // apart, layer.attn_q_norm)
-        if layer.attn_k_norm is not None:
-            apart = layer.k_norm_heads
-            ops.head_norm(x, n, heads * dim, apart, kv_heads * dim // apart, layer.attn_k_norm)
-        rotation = self.ropes[index]
-        if rotation is not None:
-            ops.rope(x, n, arena.pos[:n], first * dim, heads + kv_heads - first, dim, *rotation)
-        if config.attn_temperature is not None:
-            self._replay.call(step, _warmed, x.array[:n, : heads * dim], *config.attn_temperature)
+    def _mixer(self, layer: Layer) -> Attention | Recurrent:
+        """What mixes tokens in a layer."""
+        return self.attention if layer.delta is None else self.recurrent
 
     def _logits(self, plan: Any, step: Any, arena: Arena) -> None:
         """logits = those of the rows that parts want, side by side."""
@@ -269,9 +227,3 @@ class Forward:
 def _chosen(step: Any, choose: Any, layer: int, routes: Any) -> None:
     """Say which experts the rows of a step chose in a layer."""
     choose(layer, routes.experts(len(step.tokens)))
-
-
-def _warmed(step: Any, queries: np.ndarray, scale: float, floor: float) -> None:
-    """Scale queries by their position, for attention that stays sharp over long texts."""
-    warmth = 1 + scale * np.log1p(step.pos // floor)
-    queries *= warmth.astype(np.float32)[:, None]

@@ -14,12 +14,13 @@ from cmr.config import Config, read_config
 from cmr.errors import ModelError
 from cmr.forward import Forward
 from cmr.gguf_file import GGUFFile, open_gguf
-from cmr.kvcache import AttnRule, LayerCache
+from cmr.kvcache import AttnRule
 from cmr.ops import open_ops
 from cmr.ops.records import RopeTable
 from cmr.ops.table import Ops
 from cmr.sequence import Part, Request, Step
 from cmr.sequence import Sequence as TokenSequence
+from cmr.state import cache_factory
 from cmr.weights import Weights
 
 MAX_ROWS = 512
@@ -103,7 +104,7 @@ class Model:
     @property
     def ropes(self) -> list[tuple[RopeTable, str] | None]:
         """The rotation table and pairing of each layer, None where it does not rotate."""
-        return self._pass.ropes
+        return self._pass.attention.ropes
 
     def rule(self, layer: int) -> AttnRule:
         """Return the model's own attention rule for a layer."""
@@ -141,9 +142,8 @@ class Model:
         Keys and values are kept as `kv_dtype`. `chunk` tokens are fed at a time; results do not depend on it.
         """
         ids = np.ascontiguousarray(tokens, np.int32)
-        every = range(self.n_layers)
         plan = plain_plan(self)
-        caches = [LayerCache(self.ops, *self.config.kv_shape(i), dtype=kv_dtype) for i in every]
+        caches = [cache_factory(self, layer, dtype=kv_dtype)() for layer in range(self.n_layers)]
         seq = TokenSequence(Request(tokens=ids.tolist()), ids.tolist(), caches)
         out = np.empty((len(ids), self.n_vocab), np.float32)
         pos = np.arange(len(ids), dtype=np.int32)

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
     def room(self, cache: Any, slots: int) -> int:
         """How many slots of a cache may be in use, as long as jobs run as they do for `slots`."""
-        return min(len(cache.pos), self.limit, *[few for _, few in self.few if slots <= few])
+        return min(cache.capacity, self.limit, *[few for _, few in self.few if slots <= few])
 
 
 class Store(NamedTuple):
@@ -236,22 +236,36 @@ class Replay:
             self._recording.cut(function, args, answer)
 
     def attend(self, step: Any, number: int, layer: int, attend: Any, pos: Any, heads: Any) -> None:
-        """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways.
+        """Store a part's keys and values and attend to its cache: by jobs where both are the built-in ways."""
+        own = by_rule(attend)
+        self.feed(step, number, layer, len(pos), own, attended, attend, pos, *heads)
+
+    def feed(
+        self,
+        step: Any,
+        number: int,
+        layer: int,
+        rows: int,
+        own: bool,
+        function: Callable[..., None],
+        *args: Any,
+    ) -> None:
+        """Let function(step, number, layer, *args) give a part's rows to its cache: by jobs where all is built in.
 
         What a cache without a layout does before and between its jobs may take Python, which a recording leaves out.
         """
         cache, recording = step.parts[number].seq.caches[layer], self._recording
-        args = (number, layer, attend, pos, *heads)
-        jobs = by_rule(attend) and _replayable(cache)
+        args = (number, layer, *args)
+        jobs = own and _replayable(cache)
         if jobs and recording is not None:
-            with recording.storing(number, layer, len(pos), cache):
-                attended(step, *args)
+            with recording.storing(number, layer, rows, cache):
+                function(step, *args)
         elif jobs and getattr(cache, "layout", None) is not None:
-            attended(step, *args)
+            function(step, *args)
         else:
-            if recording is not None and by_rule(attend):
+            if recording is not None and own:
                 recording.called.append((number, layer))
-            self.call(step, attended, *args)
+            self.call(step, function, *args)
 
 
 def _replayable(cache: Any) -> bool:

@@ -12,9 +12,11 @@ from cmr.quants import FORMATS, supported_names
 
 BLOCK_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
-BIASES = ("exp_probs_b",)  # which are all there is of them
+BIASES = ("exp_probs_b", "ssm_dt")  # which are all there is of them
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+PLAIN = ("ssm_a", "ssm_conv1d", "ssm_norm")  # weights that are read as floats, and have no bias
+BARE = ("ssm_a",)  # which have no suffix
 
 # Shapes that a tensor may have, innermost dimension last.
 Shapes = dict[str, list[tuple[int, ...]]]
@@ -31,6 +33,14 @@ def qkv_rows(config: Config, layer: int) -> tuple[int, int, int]:
     """Return how many outputs the projections of queries, keys and values have."""
     kv_heads = config.n_kv_heads[layer]
     return config.n_heads[layer] * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim_v
+
+
+def input_rows(config: Config, layer: int) -> int:
+    """Return how many outputs all input projections of a layer's mixer have."""
+    if config.layer_kinds[layer] == "recurrent" and config.delta is not None:
+        return config.delta.inputs
+    gates = config.n_heads[layer] * config.head_dim_v if config.gated_attention else 0
+    return sum(qkv_rows(config, layer)) + gates
 
 
 def names_by_layer(tensors: Collection[str]) -> dict[int, list[str]]:
@@ -54,23 +64,16 @@ def check_tensors(config: Config, tensors: Mapping[str, Tensor]) -> None:
         shapes = _layer_shapes(config, layer, f"{prefix}ffn_gate.weight" not in tensors)
         _refuse_foreign(config, groups.pop(layer, []), prefix, shapes)
         _check(tensors, prefix, shapes, _required(config, layer, f"{prefix}attn_qkv.weight" in tensors))
-    for names in groups.values():
+    for block, names in groups.items():
+        if config.n_layers <= block < config.n_layers + config.n_drafting:
+            continue
         _refuse_foreign(config, names, "", {})
 
 
 def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
-    n_embd, n_ff, dim = config.n_embd, config.n_ff[layer], config.head_dim
-    heads, kv_heads = config.n_heads[layer], config.n_kv_heads[layer]
-    q, k, v = qkv_rows(config, layer)
-    shapes: Shapes = {
-        "attn_q": [(q, n_embd)],
-        "attn_k": [(k, n_embd)],
-        "attn_v": [(v, n_embd)],
-        "attn_qkv": [(q + k + v, n_embd)],
-        "attn_output": [(n_embd, heads * config.head_dim_v)],
-        "attn_q_norm": [(dim,), (heads, dim), (heads * dim,)],
-        "attn_k_norm": [(dim,), (kv_heads, dim), (kv_heads * dim,)],
-    }
+    n_embd, n_ff = config.n_embd, config.n_ff[layer]
+    recurrent = config.layer_kinds[layer] == "recurrent"
+    shapes = _recurrent_shapes(config) if recurrent else _attention_shapes(config, layer)
     shapes |= {config.norm_tensors.get(name, name): [(n_embd,)] for name in BLOCK_NORMS}
     if layer not in config.routed or config.router is None:
         up = 2 * n_ff if fused_up else n_ff
@@ -92,29 +95,69 @@ def _layer_shapes(config: Config, layer: int, fused_up: bool) -> Shapes:
     }
 
 
+def _attention_shapes(config: Config, layer: int) -> Shapes:
+    n_embd, dim = config.n_embd, config.head_dim
+    heads, kv_heads = config.n_heads[layer], config.n_kv_heads[layer]
+    q, k, v = qkv_rows(config, layer)
+    shapes: Shapes = {
+        "attn_q": [(2 * q if config.gated_attention else q, n_embd)],
+        "attn_k": [(k, n_embd)],
+        "attn_v": [(v, n_embd)],
+        "attn_output": [(n_embd, heads * config.head_dim_v)],
+        "attn_q_norm": [(dim,), (heads, dim), (heads * dim,)],
+        "attn_k_norm": [(dim,), (kv_heads, dim), (kv_heads * dim,)],
+    }
+    return shapes if config.gated_attention else shapes | {"attn_qkv": [(q + k + v, n_embd)]}
+
+
+def _recurrent_shapes(config: Config) -> Shapes:
+    n_embd, delta = config.n_embd, config.delta
+    assert delta is not None
+    return {
+        "attn_qkv": [(delta.channels, n_embd)],
+        "attn_gate": [(delta.values, n_embd)],
+        "ssm_in": [(delta.channels + delta.values, n_embd)],
+        "ssm_ba": [(2 * delta.heads, n_embd)],
+        "ssm_conv1d": [(delta.channels, delta.window)],
+        "ssm_dt": [(delta.heads,)],
+        "ssm_a": [(delta.heads,)],
+        "ssm_norm": [(delta.dim_v,)],
+        "ssm_out": [(n_embd, delta.values)],
+    }
+
+
 def _required(config: Config, layer: int, fused_qkv: bool) -> tuple[str, ...]:
-    projections = ("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")
+    if config.layer_kinds[layer] == "recurrent":
+        inputs = ("attn_qkv", "attn_gate") if fused_qkv else ("ssm_in",)
+        mixer = (*inputs, "ssm_ba", "ssm_conv1d", "ssm_dt", "ssm_a", "ssm_norm", "ssm_out")
+    else:
+        mixer = (*(("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")), "attn_output")
     if layer not in config.routed:
         feed: tuple[str, ...] = ("ffn_up", "ffn_down")
     else:
         feed = (*EXPERTS, *SHARED) if config.n_ff_shared else EXPERTS
-    return (*projections, "attn_output", *feed, *config.norms)
+    return (*mixer, *feed, *config.norms)
 
 
 def _check(tensors: Mapping[str, Tensor], prefix: str, shapes: Shapes, required: Collection[str]) -> None:
     """Check the weights and biases under a prefix: matrices of any format, norms and biases of floats."""
     for name, possible in shapes.items():
         is_norm = name.endswith("_norm")
-        weight = tensors.get(f"{prefix}{name}.weight")
+        weight, bias = (tensors.get(f"{prefix}{name}{suffix}") for suffix in (_weight(name), ".bias"))
         if weight is not None:
-            _check_one(weight, possible, _FLOATS if is_norm else None)
-        elif name in required:
-            raise ModelError(f"the tensor {prefix}{name}.weight is missing")
-        bias = tensors.get(f"{prefix}{name}.bias")
+            _check_one(weight, possible, _FLOATS if is_norm or name in PLAIN else None)
+        elif name in required and (bias is None or name not in BIASES):
+            suffix = ".bias" if name in BIASES else _weight(name)
+            raise ModelError(f"the tensor {prefix}{name}{suffix} is missing")
         if bias is not None:
             whole = is_norm and weight is not None or name in BIASES
             like = (weight.shape if weight is not None else possible[0]) if whole else possible[0][:-1]
             _check_one(bias, [like], _FLOATS)
+
+
+def _weight(name: str) -> str:
+    """What follows the name of a weight."""
+    return "" if name in BARE else ".weight"
 
 
 def _check_one(tensor: Tensor, possible: list[tuple[int, ...]], types: tuple[str, ...] | None) -> None:
@@ -133,8 +176,9 @@ def _check_one(tensor: Tensor, possible: list[tuple[int, ...]], types: tuple[str
 
 def _refuse_foreign(config: Config, names: list[str], prefix: str, shapes: Shapes) -> None:
     """Refuse what the forward pass would leave out: such a model would run and be wrong."""
-    known = {f"{prefix}{name}.{suffix}" for name in shapes for suffix in ("weight", "bias")}
+    known = {f"{prefix}{name}{suffix}" for name in shapes for suffix in (_weight(name), ".bias")}
     known -= {f"{prefix}{name}.weight" for name in BIASES}
+    known -= {f"{prefix}{name}.bias" for name in PLAIN}
     for name in names:
         if name not in known and not _ELSEWHERE.fullmatch(name):
             raise ModelError(f"the tensor {name} has no place in a model of architecture {config.arch!r}")

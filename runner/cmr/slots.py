@@ -69,6 +69,11 @@ class Slots:
         return self.used if self.pos.ndim == 1 else int(self.used.max())
 
     @property
+    def capacity(self) -> int:
+        """How many slots there is room for."""
+        return self._pos.shape[1]
+
+    @property
     def ragged(self) -> bool:
         """Whether heads hold different slots."""
         return self.pos.ndim == 2

@@ -139,13 +139,13 @@ class TieredCache:
         self.stores[0].used = slots
 
     @property
-    def pos(self) -> np.ndarray:
-        """The positions of the slots of the first tier that can be written before a block has to be packed."""
+    def capacity(self) -> int:
+        """How many slots of the first tier can be written before a block has to be packed."""
         store = self.stores[0]
         if len(self.tiers) == 1 or not store.used:
-            return store.pos
+            return store.capacity
         room = self._packed + AGES + self.tiers[0].until - int(store.pos[0])
-        return store.pos[: max(0, room)]
+        return max(0, min(store.capacity, room))
 
     # -- reading --
 

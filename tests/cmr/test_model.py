@@ -85,6 +85,8 @@ BITWISE = [
     "qwen2moe",
     "dots1",
     "granitemoe",
+    "qwen3next",
+    "qwen3next-odd",
 ]
 QUANTIZED = [replace(WIDE, type=type) for type in ("Q4_0", "Q4_K", "Q6_K", "F16")]
 QUANTIZED += [replace(EXPERTS, type=type) for type in ("Q8_0", "Q4_K")]
@@ -333,7 +335,7 @@ class Elsewhere:
             self.held[name] = np.array(tensor.data)
             placed[name] = (tensor, self.held[name].ctypes.data)
         self.log.append(("acquire", layer))
-        return build_layer(own.ops, own.config, layer, placed, like=own.acquire(layer))
+        return build_layer(own.ops, own.config, layer, placed)
 
     def release(self, layer):
         self.held.clear()

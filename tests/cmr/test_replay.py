@@ -14,7 +14,7 @@ from cmr.model import plain_plan
 from cmr.replay import KEPT
 
 TOKENS = np.random.default_rng(3).integers(0, VOCAB, 700).astype(np.int32)
-NAMES = ("llama", "gemma2", "olmo2", "granite", "mistral3")
+NAMES = ("llama", "gemma2", "olmo2", "granite", "mistral3", "qwen3next")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cmr.gguf_file import Tensor
-from cmr.ops.experts import ExpertOps
+from cmr.ops.delta import DeltaOps
 from cmr.ops.kernels.dequant import dequant_rows
 from cmr.ops.launcher import address_of, float_bits
 from cmr.ops.records import Buffer, Matrix, Norm, RopeTable, make_buffer, zeros
@@ -16,7 +16,7 @@ from cmr.ops.table import FEATURES
 from cmr.quants import FORMATS, row_bytes
 
 
-class CpuOps(ExpertOps):
+class CpuOps(DeltaOps):
     """Every operation of `cmr.ops.table.Ops`; kernels are compiled when a model first needs them."""
 
     name = "cpu"

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 from cmr.errors import ModelError
-from cmr.ops.kernels import experts, generated, grouped, jobs, pages, prompts, routing, turning
+from cmr.ops.kernels import (
+    deltanet,
+    experts,
+    gates,
+    generated,
+    grouped,
+    jobs,
+    pages,
+    prompts,
+    routing,
+    turning,
+)
 from cmr.ops.kernels.emit import compile_kernel
 from cmr.ops.kernels.pool import Pool
 from cmr.ops.program import Program, Stretch
@@ -24,6 +35,8 @@ JOBS = {
     "weigh_rows": routing.WEIGH_ROWS,
     "glu_experts": experts.GLU_EXPERTS,
     "add_experts": experts.ADD_EXPERTS,
+    "delta_net": deltanet.DELTA_NET,
+    "gate_rows": gates.GATE_ROWS,
     "norm_rows": jobs.NORM_ROWS,
     "rope_rows": jobs.ROPE_ROWS,
     "finish_rows": jobs.FINISH_ROWS,

@@ -15,7 +15,8 @@ from cmr.evidence import UNIT, Notes
 from cmr.gguf_file import Tensor
 from cmr.ops.blocks import dequantize
 from cmr.ops.pack import pack, turn, unpack
-from cmr.ops.portable_experts import PortableExperts, sigmoid
+from cmr.ops.portable_delta import PortableDelta
+from cmr.ops.portable_experts import sigmoid
 from cmr.ops.records import AGES, NO_AGE, Buffer, Matrix, Norm, Part, RopeTable, Segment, make_buffer, zeros
 from cmr.ops.table import FEATURES
 from cmr.quants import row_bytes
@@ -26,7 +27,7 @@ CACHE_BYTES = 1 << 30
 BLOCK_ROWS = 2048
 
 
-class PortableOps(PortableExperts):
+class PortableOps(PortableDelta):
     """Every operation of `cmr.ops.table.Ops`, one row at a time, so that rows cannot influence each other."""
 
     name = "portable"

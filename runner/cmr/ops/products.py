@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cmr.errors import ModelError
 from cmr.ops.kernels import gemm, jobs, rows
 from cmr.ops.kernels.formats import FLOATS
 from cmr.ops.kernels.product import COUNTS, RECORD, STEP
+from cmr.ops.kernels.threads import MAX_COUNTERS
 from cmr.ops.launcher import float_bits
 from cmr.ops.pages import PageOps
 from cmr.ops.records import Buffer, Norm, Part
@@ -134,6 +136,8 @@ class ProductOps(PageOps):
         if found is None:
             if len(self._calls) >= KEPT_CALLS:
                 self._calls.clear()
+            if len(parts) > MAX_COUNTERS:
+                raise ModelError(f"a product of {len(parts)} matrices is too many; {MAX_COUNTERS} can be")
             table = np.zeros((len(parts), len(jobs.PART)), np.int64)
             total = 0
             for row, (matrix, bias) in zip(table, parts):

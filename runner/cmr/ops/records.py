@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cmr.deltanet import DeltaNet
 from cmr.router import Router
 
 ALIGNMENT = 64
@@ -193,6 +194,34 @@ def routes_bytes(rows: int, router: Router) -> int:
     """Return the bytes of Routes for so many rows."""
     count = rows * router.used
     return 28 * count + 32 * min(count, router.experts) + 8 + (16 + 4 * rows) * router.experts
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DeltaWeights:
+    """What a gated delta net has besides matrices: `conv` float32 [window, channels], the latest row's last.
+
+    `dt` and `a`, float32 [heads], say how much a head keeps: exp(a * softplus(input + dt)). `norm` is that of each
+    head's output, and its eps is also that of the norms of queries and keys.
+    """
+
+    sizes: DeltaNet
+    conv: np.ndarray
+    dt: np.ndarray
+    a: np.ndarray
+    norm: Norm
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DeltaMemory:
+    """What a sequence keeps in one layer: `conv` float32 [window - 1, channels], the rows before the next one.
+
+    `delta` is float32 [heads, dim, dim_v] and `taken`, int64 [1], counts the rows that went in: an operation
+    counts its own, so that nobody can see one without the other.
+    """
+
+    conv: np.ndarray
+    delta: np.ndarray
+    taken: np.ndarray
 
 
 def make_buffer(rows: int, cols: int) -> Buffer:

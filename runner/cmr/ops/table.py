@@ -10,10 +10,21 @@ import numpy as np
 
 from cmr.evidence import Notes
 from cmr.gguf_file import Tensor
-from cmr.ops.records import Buffer, Matrix, Norm, Pages, Part, RopeTable, Routes, Segment
+from cmr.ops.records import (
+    Buffer,
+    DeltaMemory,
+    DeltaWeights,
+    Matrix,
+    Norm,
+    Pages,
+    Part,
+    RopeTable,
+    Routes,
+    Segment,
+)
 from cmr.router import Router
 
-FEATURES = ("experts", "sink_logits", "swiglu_oai")
+FEATURES = ("delta_net", "experts", "gated_attention", "sink_logits", "swiglu_oai")
 
 
 class Ops(Protocol):
@@ -237,3 +248,31 @@ class Experts(Ops, Protocol):
 
         x is what glu_experts gave.
         """
+
+
+class Recurrent(Ops, Protocol):
+    """What layers with a state need besides, where `features` says "delta_net"."""
+
+    def delta_net(
+        self,
+        x: Buffer,
+        rows: slice,
+        prompt: bool,
+        weights: DeltaWeights,
+        memory: DeltaMemory,
+        out: Buffer,
+    ) -> None:
+        """Take rows of one sequence, in order, into its memory; out[rows] = what each head reads from it.
+
+        x is float32 [n, inputs] as DeltaNet has it; what of it is convolved is lost. Each row by itself, so that
+        neither chunks nor roles show: c = silu(convolution); q = c_q / |c_q| / sqrt(dim), k = c_k / |c_k|, where
+        |x| = sqrt(x.x + eps); S = decay * S; S += k (beta * (c_v - S^T k))^T; o = S^T q, for
+        decay = exp(a * softplus(keep + dt)) and beta = sigmoid(write). The output is norm(o) * silu(gate).
+        """
+
+
+class Gated(Ops, Protocol):
+    """What attention with a gate needs besides, where `features` says "gated_attention"."""
+
+    def gate(self, x: Buffer, n: int, columns: int, gates: Buffer, column: int) -> None:
+        """x[:, :columns] *= sigmoid(gates[:, column : column + columns])."""

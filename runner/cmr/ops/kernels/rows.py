@@ -10,7 +10,7 @@ from .vector import F32, I8, I32, fill, vec
 NORM_KINDS = {"none": 0, "rms": 1, "layer": 2}
 
 
-def _sum_squares(v, x, columns, mean=None):
+def sum_squares(v, x, columns, mean=None):
     """The sum of (x - mean)**2 over a row, in four chains of 16 lanes."""
     chains = [v.variable(fill(F32, 16, 0.0)) for _ in range(4)]
     rest = v.variable(F32(0.0))
@@ -71,7 +71,7 @@ def normalize(v, args):
         v.set(mean, v.b.fdiv(_sum_row(v, x, columns), size))
     factor = v.variable(F32(1.0))
     with v.when(v.b.not_(none)):
-        power = v.b.fdiv(_sum_squares(v, x, columns, v.get(mean)), size)
+        power = v.b.fdiv(sum_squares(v, x, columns, v.get(mean)), size)
         v.set(factor, v.b.fdiv(F32(1.0), _root(v, v.b.fadd(power, v.f32_bits(eps)))))
     adding = v.b.icmp_signed("!=", add, v.i(0))
     centre, by = v.get(mean), v.get(factor)
@@ -152,7 +152,7 @@ def store_scaled(v, there, value, scale, adding):
             v.store(there, v.b.fmul(factor, value), 4)
 
 
-def _silu(v, x):
+def silu(v, x):
     one = fill(F32, x.type.count, 1.0)
     return v.b.fdiv(x, v.b.fadd(one, v.exp(v.b.fsub(fill(F32, x.type.count, 0.0), x))))
 
@@ -213,7 +213,7 @@ def _swiglu_oai_up(v, x):
 
 
 ACTIVATIONS = {
-    "silu": _silu,
+    "silu": silu,
     "gelu": _gelu,
     "gelu_erf": _gelu_erf,
     "relu2": _relu2,

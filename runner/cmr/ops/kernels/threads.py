@@ -19,7 +19,7 @@ from .vector import I32, I64
 LINE = 64
 ARRIVED, TURN, JOB, KERNEL, ARGUMENT, DONE, CROWD, COUNTERS = (LINE * k for k in range(8))
 TEAMS = 1024  # a job's word is number * TEAMS + team
-MAX_COUNTERS = 16
+MAX_COUNTERS = 256
 WORKERS = COUNTERS + LINE * MAX_COUNTERS  # a word for each thread, one of:
 AWAKE, ASLEEP, CALLED = range(3)
 SPINS = 2000  # pauses between two offers to let another thread run
