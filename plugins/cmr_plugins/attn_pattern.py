@@ -90,8 +90,9 @@ class AttnPattern:
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Refuse caches that store slots in several ways."""
-        for owner, make in zip(session.plan.owners["kv_cache"], session.plan.caches):
-            cache = make()
+        plan = session.plan
+        for layer in plan.kv_layers:
+            owner, cache = plan.owners["kv_cache"][layer], plan.caches[layer]()
             if not hasattr(cache, "segments") or len(cache.segments()) != 1:
                 raise PluginError(
                     f"attn-pattern picks slots that are stored in one way, and {owner} stores them in several; "

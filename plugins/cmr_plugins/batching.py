@@ -75,7 +75,7 @@ class Batching:
         self.entries: dict[Any, Entry] = {}
         self.ended: list[Any] = []
         self.added = self.preempted = self.steps = self.picked = self.most = 0
-        self.draft_rows = self.token_bytes = 0
+        self.draft_rows = self.token_bytes = self.state = 0
 
     @hookimpl
     def scheduler(self) -> Batching:
@@ -85,7 +85,7 @@ class Batching:
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Learn what a token's KV takes, and whether sequences need rows for drafts."""
-        self.token_bytes = session.plan.memory.kv_token
+        self.token_bytes, self.state = session.plan.memory.kv_token, session.plan.memory.state
         self.draft_rows = 0 if session.plan.drafter is None else DRAFT_ROWS
 
     def add(self, seq: Any) -> None:
@@ -177,5 +177,7 @@ class Batching:
     def _need(self, seq: Any, held: int) -> int:
         """The most bytes that a sequence may hold once all its tokens and the next are fed."""
         slots = max(map(len, seq.caches), default=0) + len(seq.tokens) - seq.cached + 1 + self.draft_rows
-        wanted = slots * self.token_bytes
-        return held if wanted <= held else max(wanted, 3 * (held or wanted) // 2) + BLOCK * self.token_bytes
+        wanted, held = slots * self.token_bytes, max(0, held - self.state)
+        if wanted > held:
+            held = max(wanted, 3 * (held or wanted) // 2) + BLOCK * self.token_bytes
+        return self.state + held

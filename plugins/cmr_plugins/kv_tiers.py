@@ -74,7 +74,7 @@ class KvTiers:
     @hookimpl
     def start_session(self, session: Any) -> None:
         """Learn which layer comes after which."""
-        layers = session.plan.layers
+        layers = session.plan.kv_layers
         self.following = dict(zip(layers, (*layers[1:], layers[0])))
 
     @hookimpl

@@ -58,6 +58,11 @@ class SpecDraft(Drafter):
     def drafter(self, model: Any) -> SpecDraft:
         """Open the draft model, compare vocabularies, and return this object."""
         self.small = self.small or self._opened(model)
+        if "recurrent" in self.small.config.layer_kinds:
+            raise PluginError(
+                f"spec-draft: {self.model} has recurrent layers, whose states cannot take a wrong guess back; choose "
+                "another draft model"
+            )
         try:
             theirs, ours = model.tokenizer.tokens, self.small.tokenizer.tokens
         except cmr.CMRError as error:

@@ -19,7 +19,8 @@ from cmr.stats import size
 class Memory:
     """Predicted bytes: weights, KV for each further token and of `context` tokens, activations, scratch of kernels.
 
-    What the program itself takes, some 30 MB and the vocabulary, is not among them.
+    Of the KV `state` is what recurrent layers keep of a sequence, as much for any number of tokens. What the program
+    itself takes, some 30 MB and the vocabulary, is not among them.
     """
 
     weights: int
@@ -28,6 +29,7 @@ class Memory:
     scratch: int
     context: int
     kv: int
+    state: int = 0
 
     @property
     def beyond_weights(self) -> int:
@@ -39,13 +41,15 @@ class Memory:
 class Plan:
     """What a session runs: plain objects and plain callables, each hook's in the order of the command line.
 
-    `caches` has a factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the model's
+    `kv_layers` are those of `layers` that keep keys and values; others are recurrent and keep a state. `caches` has a
+    factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the model's
     layers. `owners` says who provides a seam, `names` whose a hook's callables are; `recorded` are steps that
     the forward pass runs again.
     """
 
     weights: Any
     layers: tuple[int, ...]
+    kv_layers: tuple[int, ...]
     caches: tuple[Callable[[], Any], ...]
     attend: tuple[Callable[..., None], ...]
     drafter: Any
@@ -100,10 +104,11 @@ def explain(plan: Plan) -> Iterator[str]:
         if plan.names[hook]:
             yield f"{hook:14} {', '.join(plan.names[hook])}"
     memory = plan.memory
+    states = f", {size(memory.state)} of it states" if memory.state else ""
     yield (
         f"{'memory':14} {size(memory.weights + memory.beyond_weights)} beside the program: "
-        f"weights {size(memory.weights)}; KV {size(memory.kv_token)} a token, {size(memory.kv)} at {memory.context}; "
-        f"activations {size(memory.activations)}; scratch {size(memory.scratch)}"
+        f"weights {size(memory.weights)}; KV {size(memory.kv_token)} a token, {size(memory.kv)} at {memory.context}"
+        f"{states}; activations {size(memory.activations)}; scratch {size(memory.scratch)}"
     )
 
 

@@ -15,7 +15,7 @@ from cmr.arena import arena_bytes, products
 from cmr.blame import Blame
 from cmr.calls import ATTEND, guarded_attend, guarded_on_layer, reordered
 from cmr.defaults import BUILT_IN, Defaults
-from cmr.discovery import declared
+from cmr.discovery import declared, hooks_of
 from cmr.errors import ModelError, PluginError
 from cmr.kvcache import AttnRule, by_rule
 from cmr.plan import Memory, Plan
@@ -25,6 +25,7 @@ NEEDS = ("tokenizer", "chat_template")
 METHODS = {
     "weight_source": ("acquire", "release"),
     "kv_cache": ("append", "attend", "keep", "rollback", "snapshot", "restore", "view", "__len__"),
+    "state": ("take", "rollback", "snapshot", "restore", "__len__"),
     "drafter": ("propose",),
     "scheduler": ("add", "pick", "remove"),
 }
@@ -59,18 +60,24 @@ class _Asking:
     ) -> None:
         self.pm, self.model, self.defaults, self.blame, self.plugins = pm, model, defaults, blame, plugins
         self.owners: dict[str, tuple[str, ...]] = {}
+        self.kinds: tuple[str, ...] = model.config.layer_kinds
 
     def plan(self, context: int) -> Plan:
         """Ask for everything and put the answers together."""
         weights = self.ask("weight_source")
         layers = self._layers()
+        kv_layers = tuple(layer for layer in layers if self.kinds[layer] == "attention")
+        self._check_kinds(layers)
         caches, samples = self._caches(layers)
         attend = tuple(self._attend(layer) for layer in range(self.model.n_layers))
         drafter, scheduler = self.ask("drafter"), self.ask("scheduler")
-        evidence = self._evidence(layers, samples, attend)
+        evidence = self._evidence(kv_layers, samples, attend)
         if evidence:
             (kind,) = evidence
-            caches = tuple(partial(_noting, make, kind) for make in caches)
+            noting = (partial(_noting, make, kind) for make in caches)
+            caches = tuple(
+                new if own == "attention" else old for old, new, own in zip(caches, noting, self.kinds)
+            )
             samples = [make() for make in caches]
         if drafter is not None:
             self._need_rollback(layers, samples)
@@ -78,6 +85,7 @@ class _Asking:
         return Plan(
             weights=weights,
             layers=layers,
+            kv_layers=kv_layers,
             caches=caches,
             attend=attend,
             drafter=drafter,
@@ -85,17 +93,23 @@ class _Asking:
             owners=self.owners,
             names={hook: tuple(name for name, _ in calls) for hook, calls in runtime.items()},
             plugins=self.plugins,
-            memory=self._memory(weights, [samples[layer] for layer in layers], context),
+            memory=self._memory(weights, {layer: samples[layer] for layer in layers}, context),
             blame=self.blame,
             evidence=evidence,
             **{hook: tuple(call for _, call in calls) for hook, calls in runtime.items()},
         )
 
     def ask(self, hook: str, **where: Any) -> Any:
-        """Return the answer at one seam, with the methods it must have, and note whose it is."""
+        """Return the answer at one seam, with the methods it must have, and note whose it is.
+
+        Those are not asked that do not serve the kind of layer in question.
+        """
         self.defaults.reached = False
-        answer = getattr(self.pm.hook, hook)(model=self.model, **where)
-        impls = getattr(self.pm.hook, hook).get_hookimpls()
+        kind = self.kinds[where["layer"]] if "layer" in where else None
+        others = [thing for thing in self.plugins.values() if kind and kind not in _served(thing)]
+        caller = self.pm.subset_hook_caller(hook, others)
+        answer = caller(model=self.model, **where)
+        impls = caller.get_hookimpls()
         owner = next(
             (impl.plugin_name for impl in impls if not _wraps(impl) and impl.plugin_name != BUILT_IN),
             BUILT_IN,
@@ -111,16 +125,18 @@ class _Asking:
                 _need_methods(self.owner(hook), hook, answer)
         return answer
 
-    def _memory(self, weights: Any, caches: list[Any], context: int) -> Memory:
+    def _memory(self, weights: Any, caches: dict[int, Any], context: int) -> Memory:
         """What all of it takes when a sequence has filled the context."""
         config, rows = self.model.config, self.model.max_rows
+        kv = {layer: _bytes_at(cache, context) for layer, cache in caches.items()}
         return Memory(
             weights=getattr(weights, "resident_bytes", self.model.file.nbytes),
-            kv_token=sum(cache.token_bytes for cache in caches),
+            kv_token=sum(cache.token_bytes for cache in caches.values()),
             activations=arena_bytes(config, rows),
             scratch=self.model.ops.scratch_bytes(products(config, rows)),
             context=context,
-            kv=sum(_bytes_at(cache, context) for cache in caches),
+            kv=sum(kv.values()),
+            state=sum(size for layer, size in kv.items() if self.kinds[layer] == "recurrent"),
         )
 
     def owner(self, hook: str) -> str:
@@ -146,7 +162,6 @@ class _Asking:
         for layer in range(self.model.n_layers):
             make = self.ask("kv_cache", layer=layer)
             owner = self.owner("kv_cache")
-            self._check_kind(owner, "kv_cache", layer)
             if not callable(make):
                 raise PluginError(
                     f"{owner} returned {make!r} from kv_cache for layer {layer}; "
@@ -158,7 +173,7 @@ class _Asking:
                 raise PluginError(
                     f"{owner}: the cache of layer {layer} cannot be made: {type(error).__name__}: {error}"
                 ) from error
-            _need_methods(owner, "kv_cache", sample)
+            _need_methods(owner, "kv_cache", sample, "state" if self.kinds[layer] == "recurrent" else "")
             if owner != BUILT_IN:
                 self.blame.learn(owner.rpartition(" ")[2], sample)
             makers.append(make)
@@ -169,7 +184,6 @@ class _Asking:
         """What runs a layer's attention: the cache under a rule, or a plugin's function under guard."""
         answer, own = self.ask("attention", layer=layer), self.model.rule(layer)
         owner = self.owner("attention")
-        self._check_kind(owner, "attention", layer)
         if isinstance(answer, AttnRule):
             _check_sinks(answer.sink_logits, owner, self.model.config.n_heads[layer])
             sinks = own.sink_logits if answer.sink_logits is None else answer.sink_logits
@@ -187,17 +201,16 @@ class _Asking:
             f"it returns an AttnRule or a function of {', '.join(ATTEND)}"
         )
 
-    def _check_kind(self, owner: str, hook: str, layer: int) -> None:
-        """Refuse a plugin that took a layer of a kind that it does not declare."""
-        kinds = getattr(self.model.config, "layer_kinds", None)
-        if kinds is None or owner not in self.plugins:
-            return
-        served = declared(self.plugins[owner], "layer_kinds")
-        if kinds[layer] not in served:
-            raise PluginError(
-                f"{owner} serves {' and '.join(served)} layers ({hook}), "
-                f"and layer {layer} of this model is {kinds[layer]}"
-            )
+    def _check_kinds(self, layers: tuple[int, ...]) -> None:
+        """Refuse a plugin with no layer of a kind that it declares, as it would do nothing."""
+        kinds = {self.kinds[layer] for layer in layers}
+        for name, thing in self.plugins.items():
+            hooks = [hook for hook in ("kv_cache", "attention") if hook in hooks_of(thing)]
+            if hooks and not kinds.intersection(_served(thing)):
+                raise PluginError(
+                    f"{name} serves {' and '.join(_served(thing))} layers ({', '.join(hooks)}), "
+                    f"and those of this model are {' and '.join(sorted(kinds))}"
+                )
 
     def _evidence(self, layers: tuple[int, ...], samples: list[Any], attend: Any) -> frozenset[str]:
         """What attention must note, one kind at most; refused where a layer's cache or attention cannot."""
@@ -223,10 +236,11 @@ class _Asking:
     def _need_rollback(self, layers: tuple[int, ...], samples: list[Any]) -> None:
         for layer in layers:
             if not samples[layer].can_rollback:
-                raise PluginError(
-                    f"{self.owner('drafter')} needs to roll caches back, "
-                    f"and that of layer {layer} ({self.owners['kv_cache'][layer]}) cannot"
-                )
+                owner = self.owners["kv_cache"][layer]
+                which = f"that of layer {layer} ({owner})"
+                if self.kinds[layer] == "recurrent":
+                    which = f"the state of layer {layer}, which is recurrent,"
+                raise PluginError(f"{self.owner('drafter')} needs to roll caches back, and {which} cannot")
 
     def _calls(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
         """The implementations of a hook as (plugin, plain function), in the order of the command line."""
@@ -292,7 +306,12 @@ def _wraps(impl: Any) -> bool:
     return impl.wrapper or impl.hookwrapper
 
 
-def _need_methods(owner: str, hook: str, answer: Any) -> None:
-    missing = [name for name in METHODS[hook] if not callable(getattr(answer, name, None))]
+def _served(thing: Any) -> tuple[str, ...]:
+    """The kinds of layers that a plugin serves."""
+    return declared(thing, "layer_kinds")
+
+
+def _need_methods(owner: str, hook: str, answer: Any, as_: str = "") -> None:
+    missing = [name for name in METHODS[as_ or hook] if not callable(getattr(answer, name, None))]
     if missing:
         raise PluginError(f"{owner} returned {answer!r} from {hook}, which has no {' and no '.join(missing)}")

@@ -5,7 +5,9 @@ import pytest
 from tests.toy import MODEL, PROMPT, Copies, Sees, answer, run
 
 from cmr import AttnRule, LayerCache, PluginError, Session, hookimpl, plugin
+from cmr.deltanet import DeltaNet
 from cmr.plan import explain
+from cmr.state import DeltaState
 from cmr.testing import ToyModel
 
 
@@ -119,19 +121,68 @@ def test_what_a_plugin_needs_of_the_model_must_be_there():
         Session.open(Untouchable(), [cls()])
 
 
-def test_layers_of_a_kind_that_a_plugin_does_not_serve_are_refused_unless_it_leaves_them():
+def mixed(*kinds):
+    """A model of layers of these kinds."""
     model = Untouchable()
-    model.config.layer_kinds = ("attention", "recurrent", "attention")
+    model.config.layer_kinds = kinds
+    model.config.delta = DeltaNet(1, 2, 4, 4, 3)
+    return model
+
+
+def test_plugins_are_not_asked_for_layers_of_a_kind_that_they_do_not_serve():
+    asked = []
 
     def caches(self, model, layer):
+        asked.append(layer)
         return LayerCache.factory(model, layer)
 
+    model = mixed("attention", "recurrent", "attention")
+    plan = Session.open(model, [owner(kv_cache=caches)()]).plan
+    assert asked == [0, 2] and plan.kv_layers == (0, 2)
+    assert plan.owners["kv_cache"] == ("mine", "built in", "mine")
+    assert "kv_cache       0 mine; 1 built in; 2 mine" in list(explain(plan))
+    state = plan.caches[1]()
+    assert isinstance(state, DeltaState) and plan.memory.state == state.bytes_at(1)
+    assert plan.memory.kv == plan.memory.kv_token * plan.memory.context + plan.memory.state
+    assert any(f"{plan.memory.state} B of it states" in line for line in explain(plan))
+
+
+def test_a_plugin_with_no_layer_of_its_kind_is_refused():
+    serves = owner(kv_cache=lambda self, model, layer: None)
+    serves.layer_kinds = ("recurrent",)
     with pytest.raises(
-        PluginError, match="mine serves attention layers .kv_cache., and layer 1 of this model is rec"
+        PluginError, match=r"mine serves recurrent layers \(kv_cache\), and those of this model"
     ):
-        Session.open(model, [owner(kv_cache=caches)()])
-    leaves = owner(kv_cache=lambda self, model, layer: None if layer == 1 else caches(self, model, layer))
-    assert Session.open(model, [leaves()]).plan.owners["kv_cache"] == ("mine", "built in", "mine")
+        Session.open(Untouchable(), [serves()])
+
+
+def test_a_plugin_may_serve_recurrent_layers():
+    class Halves(DeltaState):
+        pass
+
+    serves = owner(kv_cache=lambda self, model, layer: Halves.factory(model, layer))
+    serves.layer_kinds = ("recurrent",)
+    plan = Session.open(mixed("attention", "recurrent", "attention"), [serves()]).plan
+    assert plan.owners["kv_cache"] == ("built in", "mine", "built in")
+    serves = owner(kv_cache=lambda self, model, layer: list)
+    serves.layer_kinds = ("recurrent",)
+    with pytest.raises(PluginError, match="which has no take and no rollback and no snapshot and no restore"):
+        Session.open(mixed("attention", "recurrent", "attention"), [serves()])
+
+
+def test_drafters_and_evidence_meet_recurrent_layers():
+    class Drafts:
+        def propose(self, seq):
+            return []
+
+    drafts = owner(drafter=lambda self: Drafts())
+    model = mixed("attention", "recurrent", "attention")
+    with pytest.raises(PluginError, match="the state of layer 1, which is recurrent, cannot"):
+        Session.open(model, [drafts()])
+    policy = owner(on_step=lambda self: None)
+    policy.evidence = ("window-weights",)
+    plan = Session.open(model, [policy()]).plan
+    assert plan.caches[0]().noted is not None and isinstance(plan.caches[1](), DeltaState)
 
 
 def test_evidence_must_be_given_by_the_cache_of_every_layer():

@@ -52,6 +52,7 @@ class Context:
             raise ValueError(f"size is {', '.join(map(str, SIZES))}, not {self.size}")
         self.context = self.dropped = self.far = 0
         self.ropes: list[Any] = []
+        self.layers: tuple[int, ...] = ()
         self.space = DiskSpace(self.dir, read_size(self.most))
         self.truncated = self.removed = self.shifts = self.paged = 0
         if self.policy != "page":
@@ -91,7 +92,7 @@ class Context:
         self.dropped = max(1, int(self.drop * (self.context - self.keep)))
         if self.policy in GO_ON:
             self._check(session)
-            self.ropes = session.model.ropes
+            self.ropes, self.layers = session.model.ropes, session.plan.kv_layers
             session.longest = ENDLESS
         if self.policy == "page":
             self._divide(session)
@@ -138,12 +139,12 @@ class Context:
     def _make_room(self, seq: Any) -> None:
         if self.policy == "shift":
             self.shifts += 1
-            shift(seq, self.keep, self.dropped, self.context, self.ropes)
+            shift(seq, self.layers, self.keep, self.dropped, self.context, self.ropes)
             return
         first = seq.cached == self.context
         count = self.dropped + (self.far if first else 0)
         try:
-            for cache in filter(len, seq.caches):
+            for cache in (seq.caches[layer] for layer in self.layers):
                 if isinstance(cache, PagedCache):
                     cache.page_out(count)
                 else:  # a window of the model's own, which sees nothing of what goes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cmr_plugins.turning import turned
 
 def check(plan: Any) -> None:
     """Refuse caches that cannot be turned, by name."""
-    for layer in plan.layers:
+    for layer in plan.kv_layers:
         if type(plan.caches[layer]()) is not LayerCache:
             owner = plan.owners["kv_cache"][layer]
             raise PluginError(
@@ -20,13 +21,12 @@ def check(plan: Any) -> None:
             )
 
 
-def shift(seq: Any, keep: int, dropped: int, context: int, ropes: Any) -> None:
+def shift(seq: Any, layers: Iterable[int], keep: int, dropped: int, context: int, ropes: Any) -> None:
     """Evict what lies behind the first tokens, and turn the keys of these to stand right before the rest."""
     ahead = seq.cached - context + dropped  # where the first token stands from now on
     first = seq.notes.setdefault("context", {})
-    for layer, cache in enumerate(seq.caches):
-        if not len(cache):
-            continue
+    for layer in layers:
+        cache = seq.caches[layer]
         if ahead == dropped or layer not in first:  # turned from there each time: rounded once
             first[layer] = cache.view()[0][:keep], int(cache.positions[0])
         cache.keep(np.r_[:keep, keep + dropped : len(cache)])

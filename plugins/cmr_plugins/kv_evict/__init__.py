@@ -57,6 +57,7 @@ class KvEvict:
         self.borders = Borders(self.every, self.chunk, (chosen.window or self.window) if windowed else 0)
         self.room = max(self.every, self.chunk)  # what comes between two cuts
         self.limits: list[int] = []
+        self.layers: tuple[int, ...] = ()
         self.cuts = self.evicted = self.freed = 0
 
     @hookimpl(wrapper=True)
@@ -70,7 +71,8 @@ class KvEvict:
         """Divide the budget, and refuse what cannot attend to heads with slots of their own."""
         plan = session.plan
         self.limits = by_layer(self.budget, self.pyramid, plan, self.heads)
-        for layer in plan.layers:
+        self.layers = plan.kv_layers
+        for layer in self.layers:
             limit = self.limits[layer]
             least = self.sinks + self.last(limit) + self.room + 1
             if limit < least:
@@ -114,12 +116,13 @@ class KvEvict:
     def _follow(self, seq: Any, pos: int) -> None:
         """Note the weights of queries from a position on, where the policy asks the last ones."""
         if self.borders.window:
-            for cache in seq.caches:
-                cache.follow(pos)
+            for layer in self.layers:
+                seq.caches[layer].follow(pos)
 
     def _cut(self, seq: Any) -> None:
         """Evict what is beyond each layer's budget; those who store prefixes see the sequence before the first time."""
-        layers = [(n, cache) for n, cache in enumerate(seq.caches) if len(cache) > self.limits[n] - self.room]
+        held = [(layer, seq.caches[layer]) for layer in self.layers]
+        layers = [(layer, cache) for layer, cache in held if len(cache) > self.limits[layer] - self.room]
         if not layers:
             return
         if not seq.notes.get("kv-evict cut"):

@@ -19,7 +19,7 @@ def by_layer(budget: str, pyramid: float, plan: Any, heads: bool) -> list[int]:
     (Cai et al. 2024, "PyramidKV", arXiv:2406.02069). `heads`: each keeps slots, hence positions, of its own.
     """
     shares = np.ones(len(plan.caches))
-    shares[list(plan.layers)] = np.linspace(pyramid, 1, len(plan.layers)) * 2 / (pyramid + 1)
+    shares[list(plan.kv_layers)] = np.linspace(pyramid, 1, len(plan.kv_layers)) * 2 / (pyramid + 1)
     limits = np.round(shares * int(budget)) if budget.isdecimal() else _of_bytes(budget, shares, plan, heads)
     return [int(limit) for limit in limits]
 
@@ -34,7 +34,9 @@ def _of_bytes(budget: str, shares: np.ndarray, plan: Any, heads: bool) -> np.nda
         raise PluginError(
             f"kv-evict: budget is a number of tokens or a size like 64MB, not a share: {budget}"
         )
-    caches = [make() for make in plan.caches]
-    each = np.array([cache.token_bytes + 4 * heads * (cache.kv_heads - 1) for cache in caches])
-    slots = shares * size / (shares * each)[list(plan.layers)].sum()
+    each = 0.0
+    for layer in plan.kv_layers:
+        cache = plan.caches[layer]()
+        each += shares[layer] * (cache.token_bytes + 4 * heads * (cache.kv_heads - 1))
+    slots = shares * size / each
     return slots // BLOCK * BLOCK

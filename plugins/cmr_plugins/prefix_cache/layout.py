@@ -41,6 +41,11 @@ class Layout:
         self.layers: tuple[int, ...] = tuple(plan.layers)
         self.fields: list[Field] = []
         for layer in self.layers:
+            if layer not in plan.kv_layers:
+                raise PluginError(
+                    f"prefix-cache keeps blocks of tokens, and layer {layer} is recurrent: its state is that of all "
+                    "tokens so far; leave the plugin out"
+                )
             state = plan.caches[layer]().snapshot()
             if not isinstance(state, dict) or set(state) != STATE:
                 raise PluginError(

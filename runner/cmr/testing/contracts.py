@@ -161,7 +161,8 @@ class Contracts:
     def keeps_cache_laws(self) -> None:
         """If it brings a cache: the laws of a cache, with a tolerance for coarse storage."""
         plan = self.session().plan
-        for owner, make in dict(zip(plan.owners["kv_cache"], plan.caches)).items():
+        made = {plan.owners["kv_cache"][layer]: plan.caches[layer] for layer in plan.kv_layers}
+        for owner, make in made.items():
             if owner != "built in":
                 CacheLaws(make, tolerance=0.5).check()
 

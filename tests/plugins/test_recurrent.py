@@ -1,0 +1,219 @@
+"""Plugins on a model most of whose layers are recurrent: they serve the others and leave these alone, or refuse."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.models import RECIPES, write_model
+from tests.toy import Copies, Preempts, Sees, Together
+
+import cmr
+from cmr import PluginError, Session, discovery
+from cmr.gguf_file import open_gguf
+from cmr.state import DeltaState
+from cmr.testing import check
+
+NANO = Path(__file__).parents[2] / "models" / "nano-q8_0.gguf"
+EXITS = "cmr.early_exit_layers"
+EXACT = {
+    "answer-cache": "answer-cache",
+    "batching": "batching:width=3,tokens=24",
+    "budget": "budget:answer=9",
+    "grammar": "grammar",
+    "layer-stream": "layer-stream:budget=70%",
+    "stop-loop": "stop-loop:times=2,span=8,least=6",
+    "telemetry": "telemetry",
+}
+INEXACT = {
+    "attn-block": "attn-block",
+    "attn-extend": "attn-extend:group=4,window=64",
+    "attn-pages": "attn-pages:first=0,top=1,size=16,recent=1",
+    "attn-pattern": "attn-pattern:width=8,step=4",
+    "attn-window": "attn-window:window=16,sinks=2",
+    "context": "context:policy=truncate",
+    "early-exit": "early-exit:sure=0.02",
+    "kv-evict": "kv-evict:budget=48,every=8",
+    "kv-quant": "kv-quant:bits=4",
+    "kv-tiers": "kv-tiers:f16=64,q8=128",
+}
+REFUSED = {
+    "kv-window": "kv-window: no layer of this model has a window",
+    "prefix-cache": "prefix-cache keeps blocks of tokens, and layer 0 is recurrent",
+    "spec-draft": "spec-draft: .* has recurrent layers, whose states cannot take a wrong guess back",
+    "spec-exit": "spec-exit needs to roll caches back, and the state of layer 0, which is recurrent, cannot",
+    "spec-lookup": "spec-lookup needs to roll caches back, and the state of layer 0, which is recurrent, cannot",
+}
+ELSEWHERE = ("attn-plan", "kv-auto")  # which choose among these by measuring
+PROMPTS = ([5, 9, 300, 7, 7, 5, 9, 300], list(range(20, 110)), [5, 9, 300, 7, 7, 5, 9, 300, 7, 8])
+SAMPLERS = ({"temp": 0.0}, {"temp": 1.0, "seed": 3})
+LENGTH = 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("numba")
+    with open_gguf(NANO) as file:
+        more = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+        vocab = len(more["tokenizer.ggml.tokens"])
+    recipe = replace(RECIPES["qwen3next"], vocab=vocab, dim=32, dim_v=32, recurrent=(0, 2, 3))
+    kinds = {"attention.recurrent_layers": (True, False, True, True), "rope.dimension_count": 8}
+    recipe = replace(recipe, meta=kinds, context=512)
+    more[EXITS] = np.array([1, 2], np.int32)
+    path = write_model(tmp_path_factory.mktemp("recurrent") / "m.gguf", recipe, more=more)
+    opened = cmr.open_model(path, threads=2)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def short_sample(monkeypatch):
+    monkeypatch.setattr("cmr_plugins.layer_stream.SAMPLE_SECONDS", 0.01)
+
+
+def answers(session, sampler):
+    """Run all prompts together; (tokens, reason) of each."""
+    seqs = [session.add(session.request(p, max_tokens=LENGTH, ignore_eos=True, **sampler)) for p in PROMPTS]
+    while session.step():
+        pass
+    assert [seq.error for seq in seqs] == [None] * len(seqs)
+    return [(seq.new, seq.stop) for seq in seqs]
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """The plain tokens by sampler, for each prompt."""
+    return [answers(Session.open(model), sampler) for sampler in SAMPLERS]
+
+
+def test_every_plugin_is_tried_here():
+    tried = {*EXACT, *INEXACT, *REFUSED, *ELSEWHERE}
+    assert tried == set(discovery.BUILTIN)
+
+
+KINDS = [*EXACT.values(), Together, Preempts, Sees]
+LOOKS = {"scheduler": (Together, Preempts, EXACT["batching"])}
+
+
+def label(kind):
+    return kind.partition(":")[0] if isinstance(kind, str) else kind.__name__.lower()
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [*((kind,) for kind in KINDS), *combinations(KINDS, 2)],
+    ids=lambda kinds: "+".join(map(label, kinds)),
+)
+def test_exact_plugins_and_pairs_of_them_give_the_plain_tokens(model, plain, kinds):
+    if sum(kind in LOOKS["scheduler"] for kind in kinds) > 1:
+        with pytest.raises(PluginError, match="both provide scheduler"):
+            Session.open(model, [kind if isinstance(kind, str) else kind() for kind in kinds])
+        return
+    for chunk in (512, 7):
+        session = Session.open(
+            model, [kind if isinstance(kind, str) else kind() for kind in kinds], chunk=chunk
+        )
+        for sampler, wanted in zip(SAMPLERS, plain):
+            for (found, stop), (whole, _) in zip(answers(session, sampler), wanted):
+                assert found == (whole[: len(found)] if stop in ("loop", "budget") else whole)
+
+
+@pytest.mark.parametrize("kind", [*EXACT.values(), *INEXACT.values()], ids=label)
+def test_plugins_keep_their_contracts(model, kind):
+    wrong = [finding for finding in check(kind, model) if not finding.holds]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("kind", INEXACT.values(), ids=label)
+def test_what_serves_keys_and_values_leaves_states_alone(model, kind):
+    plan = Session.open(model, [kind]).plan
+    assert plan.kv_layers == (1,)
+    for layer in (0, 2, 3):
+        assert plan.owners["kv_cache"][layer] == plan.owners["attention"][layer] == "built in"
+        assert isinstance(plan.caches[layer](), DeltaState)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_in_a_sentence(model, name):
+    options = {"spec-draft": f":model={model.path}"}
+    with pytest.raises(PluginError, match=REFUSED[name]):
+        Session.open(model, [name + options.get(name, "")])
+
+
+def test_a_drafter_of_anybodys_is_refused(model):
+    with pytest.raises(PluginError, match="copies needs to roll caches back, and the state of layer 0"):
+        Session.open(model, [Copies()])
+
+
+@pytest.mark.parametrize("policy", ["shift", "page"])
+def test_an_answer_goes_on_behind_the_context(model, policy):
+    with Session.open(model, [f"context:policy={policy},keep=4,top=1,size=16"], context=96) as session:
+        found = list(session.generate(session.request(PROMPTS[0], max_tokens=150, temp=0.0, ignore_eos=True)))
+    # What the file's own context allows shows that the states went on: the first tokens are the same.
+    assert len(found) >= 96 - len(PROMPTS[0])
+
+
+def test_a_conversation_keeps_its_states(model, monkeypatch):
+    session = Session.open(model)
+    first = session.text(PROMPTS[1], max_tokens=8, temp=0.0, ignore_eos=True)
+    for _ in first:
+        pass
+    prompt = [*first.seq.tokens, 40, 41, 42]
+    fed = session.report()["prompt_tokens"]
+    second = session.text(prompt, max_tokens=8, temp=0.0, ignore_eos=True, after=first.seq)
+    for _ in second:
+        pass
+    assert session.report()["prompt_tokens"] - fed == len(prompt) - (len(PROMPTS[1]) + 7)
+    # What does not go on from the end is fed anew.
+    fed = session.report()["prompt_tokens"]
+    third = session.text(prompt[:-6], max_tokens=8, temp=0.0, ignore_eos=True, after=second.seq)
+    for _ in third:
+        pass
+    assert session.report()["prompt_tokens"] - fed == len(prompt) - 6
+    fresh = Session.open(model).text(prompt[:-6], max_tokens=8, temp=0.0, ignore_eos=True)
+    for _ in fresh:
+        pass
+    assert third.seq.new == fresh.seq.new
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_an_interrupted_step_leaves_no_row_in_a_state_twice(model, layer, monkeypatch):
+    """Ctrl-C between two layers: those before it have taken the token in, the others have not."""
+
+    class Interrupts:
+        armed = False
+
+        @cmr.hookimpl
+        def on_layer(self, step, layer, hidden):
+            if self.armed and layer == stop:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    stop, plugin = layer, Interrupts()
+    session = Session.open(model, [plugin])
+    wanted = list(
+        Session.open(model).generate(session.request(PROMPTS[1], max_tokens=20, temp=0.0, ignore_eos=True))
+    )
+    seq = session.add(session.request(PROMPTS[1], max_tokens=20, temp=0.0, ignore_eos=True))
+    for _ in range(6):
+        session.step()
+    plugin.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        session.step()
+    while session.step():
+        pass
+    assert seq.new == wanted
+
+
+def test_memory_is_foretold(model):
+    session = Session.open(model)
+    seq = session.add(session.request(PROMPTS[1], max_tokens=1, temp=0.0))
+    while session.step():
+        pass
+    states = [seq.caches[layer] for layer in (0, 2, 3)]
+    assert session.plan.memory.state == sum(state.nbytes for state in states)
+    assert session.plan.memory.state == sum(
+        array.nbytes for state in states for array in state.snapshot().values()
+    )
+    assert session.plan.memory.kv_token == session.plan.caches[1]().token_bytes
