@@ -141,7 +141,8 @@ class _Maker:
         else:
             self.matrix(f"{blk}attn_qkv", channels, r.width)
             self.matrix(f"{blk}attn_gate", values, r.width)
-        self.matrix(f"{blk}ssm_ba", 2 * heads, r.width)
+        for name in ("ssm_ba",) if r.arch == "qwen3next" else ("ssm_beta", "ssm_alpha"):
+            self.matrix(blk + name, 2 * heads if name == "ssm_ba" else heads, r.width)
         self.made[f"{blk}ssm_conv1d.weight"] = self.values(channels, window, 0.7)
         self.made[f"{blk}ssm_dt.bias"] = self.rng.uniform(-3, 2, heads).astype(np.float32)
         self.made[f"{blk}ssm_a"] = -self.rng.uniform(0.02, 2, heads).astype(np.float32)
@@ -315,6 +316,32 @@ RECIPES: dict[str, Recipe] = {
         recurrent=(1, 2),
         whole=True,
         meta={"attention.recurrent_layers": (False, True, True)},
+    ),
+    "qwen35": Recipe(
+        arch="qwen35",
+        layers=5,
+        norms=("attn_norm", "post_attention_norm"),
+        head_norms="one",
+        gated=True,
+        delta=(2, 6, 16, 16, 4),
+        recurrent=(0, 1, 3, 4),
+        meta={
+            "full_attention_interval": 3,
+            "rope.dimension_count": 8,
+            "rope.dimension_sections": (2, 1, 1, 0),
+        },
+    ),
+    "qwen35moe": Recipe(
+        arch="qwen35moe",
+        layers=4,
+        norms=("attn_norm", "post_attention_norm"),
+        head_norms="one",
+        experts=(6, 2),
+        shared="weighed",
+        gated=True,
+        delta=(3, 6, 16, 32, 4),
+        recurrent=(0, 1, 2),
+        meta={"rope.dimension_sections": (3, 3, 2, 0)},
     ),
     "sinks": Recipe(arch="qwen3", head_norms="one", sinks=True, kv_heads=1),
     "gemma2": Recipe(

@@ -16,8 +16,10 @@ NEIGHBOURS = (
 )
 
 
-# Architectures whose norm before the feed-forward part is called post_attention_norm.
-LATE = ("gpt-oss", "qwen3next")
+# Architectures with gates behind attention.
+GATED = ("qwen3next", "qwen35", "qwen35moe")
+# Those whose norm before the feed-forward part is called post_attention_norm.
+LATE = ("gpt-oss", *GATED)
 
 
 class Reference:
@@ -146,7 +148,7 @@ class Reference:
         else:
             q, k, v = (self.linear(x, f"{blk}.attn_{c}") for c in "qkv")
         gate = None
-        if self.arch == "qwen3next":
+        if self.arch in GATED:
             q, gate = np.split(q.reshape(n, heads, 2 * dim), 2, axis=2)
             q, gate = q.reshape(n, -1), gate.reshape(n, -1)
         q = self.head_norm(q, f"{blk}.attn_q_norm", heads, eps)
@@ -196,7 +198,10 @@ class Reference:
             mixed = np.concatenate([q, k, v], axis=1)
         else:
             mixed, z = self.linear(x, f"{blk}.attn_qkv"), self.linear(x, f"{blk}.attn_gate")
-        write, keep = np.split(self.linear(x, f"{blk}.ssm_ba").reshape(n, groups, 2 * each), 2, axis=2)
+        if self.arch == "qwen3next":
+            write, keep = np.split(self.linear(x, f"{blk}.ssm_ba").reshape(n, groups, 2 * each), 2, axis=2)
+        else:  # whose value heads take turns with the key heads
+            write, keep = self.linear(x, f"{blk}.ssm_beta"), self.linear(x, f"{blk}.ssm_alpha")
         beta = 1 / (1 + np.exp(-write.reshape(n, heads)))
         alpha = np.exp(w["a"] * np.log1p(np.exp(keep.reshape(n, heads) + w["dt.bias"])))
         taps = w["conv1d.weight"]
@@ -206,7 +211,8 @@ class Reference:
         q, k, v = np.split(mixed, [groups * dim, 2 * groups * dim], axis=1)
         out = np.zeros((n, heads, dim_v))
         for head in range(heads):
-            mine = slice(head // each * dim, (head // each + 1) * dim)
+            group = head // each if self.arch == "qwen3next" else head % groups
+            mine = slice(group * dim, (group + 1) * dim)
             matrix = np.zeros((dim_v, dim))
             for t in range(n):
                 q_t, k_t = (y / np.sqrt(y @ y + self.eps()) for y in (q[t, mine], k[t, mine]))

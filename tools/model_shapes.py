@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmr.deltanet import DeltaNet
 from cmr.quants import Format, format_by_name
 
 
@@ -31,6 +32,11 @@ class Shape:
     used: int = 0  # experts that a token chooses
     biased: bool = False  # projections and experts have biases
     sinks: bool = False
+    shared: int = 0  # width of the expert that all rows go through, weighed by a gate
+    rotated: int = 0  # dimensions of a head that rotate; 0: all
+    delta: DeltaNet | None = (
+        None  # of recurrent layers, which all but every fourth are; the others have gates
+    )
     ffn_norm: str = "ffn_norm"
     more: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
@@ -69,6 +75,37 @@ SHAPES = {
             "rope.scaling.original_context_length": 4096,
         },
     ),
+    # Four of the 48 layers of Qwen3-Next-80B-A3B, with 64 of its 512 experts.
+    "qwen3-next": Shape(
+        "qwen3next",
+        4,
+        2048,
+        16,
+        2,
+        256,
+        512,
+        151936,
+        262144,
+        1e7,
+        1e-6,
+        False,
+        True,
+        experts=64,
+        used=10,
+        shared=512,
+        rotated=64,
+        delta=DeltaNet(16, 32, 128, 128, 4),
+        ffn_norm="post_attention_norm",
+        more={
+            "ssm.group_count": 16,
+            "ssm.time_step_rank": 32,
+            "ssm.state_size": 128,
+            "ssm.inner_size": 4096,
+            "ssm.conv_kernel": 4,
+            "expert_shared_feed_forward_length": 512,
+            "full_attention_interval": 4,
+        },
+    ),
     "110m": Shape("llama", 12, 768, 12, 12, 64, 2048, 32000, 4096, 1e4),
     "small": Shape("llama", 2, 256, 4, 2, 64, 512, 1024, 1024, 1e4),
 }
@@ -95,6 +132,8 @@ FILE_TYPES = {
     "bf16": (32, "BF16", "BF16"),
 }
 
+Row = tuple[Format, tuple[int, ...], float]  # a tensor's format, its shape, the spread of its outputs
+
 
 def more_bits(layer: int, layers: int) -> bool:
     """Say whether a medium mix gives this layer's values and down projection six bits (llama-quant.cpp)."""
@@ -102,22 +141,49 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def tensors(shape: Shape, file_type: str) -> dict[str, tuple[Format, tuple[int, ...], float]]:
+def _attention(shape: Shape, plain: Format, rich: Format) -> dict[str, Row]:
+    """The tensors of attention."""
+    q, kv, f32 = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, format_by_name("F32")
+    block: dict[str, Row] = {
+        "attn_q": (plain, (2 * q if shape.delta else q, shape.embd), 1.0),
+        "attn_k": (plain, (kv, shape.embd), 1.0),
+        "attn_v": (rich, (kv, shape.embd), 1.0),
+        "attn_output": (plain, (shape.embd, q), 1.0),
+    }
+    if shape.head_norms:
+        block |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (f32, (shape.head_dim,), 0.1))
+    if shape.sinks:
+        block["attn_sinks"] = (f32, (shape.heads,), 0.1)
+    return block
+
+
+def _delta_net(shape: Shape, plain: Format) -> dict[str, Row]:
+    """The tensors of a recurrent layer."""
+    delta, f32 = shape.delta, format_by_name("F32")
+    assert delta is not None
+    return {
+        "attn_qkv": (plain, (delta.channels, shape.embd), 1.0),
+        "attn_gate": (plain, (delta.values, shape.embd), 1.0),
+        "ssm_ba": (plain, (2 * delta.heads, shape.embd), 1.0),
+        "ssm_conv1d": (f32, (delta.channels, delta.window), 1.0),
+        "ssm_norm": (f32, (delta.dim_v,), 0.1),
+        "ssm_out": (plain, (shape.embd, delta.values), 1.0),
+    }
+
+
+def tensors(shape: Shape, file_type: str) -> dict[str, Row]:
     """Return each tensor's format, shape with the innermost last, and the spread of its outputs."""
     _, most, head = FILE_TYPES[file_type]
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     plain, output, f32 = (format_by_name(name) for name in (most, head, "F32"))
     out = {"token_embd.weight": (output if shape.tied else plain, (shape.vocab, shape.embd), 3.0)}
     for layer in range(shape.layers):
         rich = (
             format_by_name("Q6_K") if file_type.endswith("_m") and more_bits(layer, shape.layers) else plain
         )
-        block = {
+        recurrent = shape.delta is not None and (layer + 1) % 4 > 0
+        block = _delta_net(shape, plain) if recurrent else _attention(shape, plain, rich)
+        block |= {
             "attn_norm": (f32, (shape.embd,), 0.1),
-            "attn_q": (plain, (q, shape.embd), 1.0),
-            "attn_k": (plain, (kv, shape.embd), 1.0),
-            "attn_v": (rich, (kv, shape.embd), 1.0),
-            "attn_output": (plain, (shape.embd, q), 1.0),
             shape.ffn_norm: (f32, (shape.embd,), 0.1),
             "ffn_gate": (plain, (shape.ffn, shape.embd), 1.0),
             "ffn_up": (plain, (shape.ffn, shape.embd), 1.0),
@@ -129,11 +195,14 @@ def tensors(shape: Shape, file_type: str) -> dict[str, tuple[Format, tuple[int, 
                 format = format_by_name("MXFP4") if file_type == "mxfp4" else format
                 block[f"{name}_exps"] = (format, (shape.experts, *dims), spread)
             block["ffn_gate_inp"] = (f32, (shape.experts, shape.embd), 1.0)
-        if shape.head_norms:
-            block |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (f32, (shape.head_dim,), 0.1))
-        if shape.sinks:
-            block["attn_sinks"] = (f32, (shape.heads,), 0.1)
+        if shape.shared:
+            wide, high = (shape.shared, shape.embd), (shape.embd, shape.shared)
+            block |= {f"ffn_{name}_shexp": (plain, wide, 1.0) for name in ("gate", "up")}
+            block |= {"ffn_down_shexp": (rich, high, 1.0), "ffn_gate_inp_shexp": (f32, (shape.embd,), 0.1)}
         out |= {f"blk.{layer}.{name}.weight": row for name, row in block.items()}
+        if recurrent:
+            heads = (f32, (shape.delta.heads,), 0.1)
+            out |= {f"blk.{layer}.ssm_dt.bias": heads, f"blk.{layer}.ssm_a": heads}
         if shape.biased:
             wide = {name: dims for name, (_, dims, _) in block.items() if len(dims) > 1}
             out |= {f"blk.{layer}.{name}.bias": (f32, dims[:-1], 0.1) for name, dims in wide.items()}

@@ -97,6 +97,8 @@ def chunks(
     """Yield a tensor's bytes in pieces."""
     if name == "rope_freqs.weight":
         yield rope_factors(shape).tobytes()
+    elif name.endswith("ssm_a"):  # logarithms of how much is kept: from nearly nothing to nearly all
+        yield (-(10 ** rng.uniform(-3, 1, dims))).astype(np.float32).tobytes()
     elif len(dims) == 1 or name.endswith(".bias"):
         centre = 0 if name.endswith(".bias") else 1
         yield (centre + spread * rng.standard_normal(dims)).astype(np.float32).tobytes()
@@ -121,7 +123,7 @@ def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, A
         "attention.value_length": shape.head_dim,
         "attention.layer_norm_rms_epsilon": shape.eps,
         "rope.freq_base": shape.rope_base,
-        "rope.dimension_count": shape.head_dim,
+        "rope.dimension_count": shape.rotated or shape.head_dim,
         "vocab_size": shape.vocab,
         **shape.more,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cmr.errors import ModelError
 
@@ -36,6 +36,7 @@ class Quirks:
     experts_normalized: bool = True  # weights of the chosen experts sum to one
     rope_switch: bool = False  # rope.scaling.finetuned = false means no rotation at all
     attention_period: int = 0  # all but every n-th layer are recurrent, where the file does not say which
+    tiled_heads: bool = False  # value heads of recurrent layers take turns with key heads
     gated_attention: bool = False  # queries come with a gate each, head by head
 
 
@@ -43,6 +44,12 @@ _SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 _QK = ("attn_q_norm", "attn_k_norm")
 # The norm before the feed-forward part goes by the name of one after attention.
 _LATE_FFN_NORM = (("ffn_norm", "post_attention_norm"), ("post_attention_norm", ""))
+_QWEN3NEXT = Quirks(
+    norms=("attn_norm", "post_attention_norm", *_QK),
+    norm_tensors=_LATE_FFN_NORM,
+    attention_period=4,
+    gated_attention=True,
+)
 
 # Facts from llama.cpp's model loader and the reference implementations in transformers.
 ARCHITECTURES: dict[str, Quirks] = {
@@ -51,12 +58,9 @@ ARCHITECTURES: dict[str, Quirks] = {
     "qwen2": Quirks(),
     "qwen3": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
     "qwen3moe": Quirks(norms=("attn_norm", "ffn_norm", *_QK)),
-    "qwen3next": Quirks(
-        norms=("attn_norm", "post_attention_norm", *_QK),
-        norm_tensors=_LATE_FFN_NORM,
-        attention_period=4,
-        gated_attention=True,
-    ),
+    "qwen3next": _QWEN3NEXT,
+    "qwen35": replace(_QWEN3NEXT, tiled_heads=True),
+    "qwen35moe": replace(_QWEN3NEXT, tiled_heads=True),
     "olmoe": Quirks(norms=("attn_norm", "ffn_norm", *_QK), experts_normalized=False),
     "gemma2": Quirks(
         norms=_SANDWICH,

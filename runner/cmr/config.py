@@ -142,7 +142,7 @@ def read_config(
         n_ff_shared=_shared_width(file.tensors),
         sink_logits=tuple(_sinks(file.tensors, layer, sizes["n_heads"][layer]) for layer in range(n_layers)),
         layer_kinds=kinds,
-        delta=read_delta(keys) if "recurrent" in kinds else None,
+        delta=read_delta(keys, quirks.tiled_heads) if "recurrent" in kinds else None,
         gated_attention=quirks.gated_attention,
         n_drafting=n_drafting,
     )

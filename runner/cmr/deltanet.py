@@ -68,7 +68,7 @@ def read_kinds(keys: Metadata, period: int, n_layers: int) -> tuple[str, ...]:
     return tuple("recurrent" if value else "attention" for value in recurrent[:n_layers])
 
 
-def read_delta(keys: Metadata) -> DeltaNet:
+def read_delta(keys: Metadata, tiled: bool) -> DeltaNet:
     """Read the sizes of the recurrent layers."""
     names = ("state_size", "group_count", "time_step_rank", "inner_size")
     dim, key_heads, heads, inner = (keys.integer(f"ssm.{name}") for name in names)
@@ -76,4 +76,4 @@ def read_delta(keys: Metadata) -> DeltaNet:
     for name, count, whole in (("group_count", key_heads, heads), ("time_step_rank", heads, inner)):
         if whole % count:
             raise keys.fail(f"ssm.{name}", f"is {count}, which does not divide {whole}")
-    return DeltaNet(key_heads, heads, dim, inner // heads, window)
+    return DeltaNet(key_heads, heads, dim, inner // heads, window, tiled)

@@ -63,6 +63,11 @@ class Rope:
 def read_rope(keys: Metadata, head_dim: int, pairing: str, n_ctx_train: int) -> Rope | None:
     """Read the rotation of a model's ordinary layers, without factor tensors; None where nothing rotates."""
     rot = keys.integer("rope.dimension_count", head_dim, low=0, high=head_dim)
+    sections = keys.get("rope.dimension_sections")  # pairs that turn in time, height and width: one in a text
+    if sections is not None:
+        shares = sections.tolist() if isinstance(sections, np.ndarray) else []
+        if sum(shares[:3]) < rot // 2:
+            raise keys.fail("rope.dimension_sections", f"is {shares}; {rot // 2} pairs rotate")
     if rot % 2:
         raise keys.fail("rope.dimension_count", f"is {rot}; an even number is needed")
     base = read_base(keys, "rope.freq_base", 10000.0)

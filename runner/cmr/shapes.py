@@ -43,6 +43,11 @@ def input_rows(config: Config, layer: int) -> int:
     return sum(qkv_rows(config, layer)) + gates
 
 
+def rates(tiled: bool) -> tuple[str, ...]:
+    """Return the names of the matrices that say how much the heads of a delta net write and keep."""
+    return ("ssm_beta", "ssm_alpha") if tiled else ("ssm_ba",)
+
+
 def names_by_layer(tensors: Collection[str]) -> dict[int, list[str]]:
     """Group the names of tensors by the block they belong to; -1 has those that belong to none."""
     groups: dict[int, list[str]] = {}
@@ -116,8 +121,8 @@ def _recurrent_shapes(config: Config) -> Shapes:
     return {
         "attn_qkv": [(delta.channels, n_embd)],
         "attn_gate": [(delta.values, n_embd)],
-        "ssm_in": [(delta.channels + delta.values, n_embd)],
-        "ssm_ba": [(2 * delta.heads, n_embd)],
+        **dict.fromkeys(rates(delta.tiled), [((1 if delta.tiled else 2) * delta.heads, n_embd)]),
+        **({} if delta.tiled else {"ssm_in": [(delta.channels + delta.values, n_embd)]}),
         "ssm_conv1d": [(delta.channels, delta.window)],
         "ssm_dt": [(delta.heads,)],
         "ssm_a": [(delta.heads,)],
@@ -128,8 +133,9 @@ def _recurrent_shapes(config: Config) -> Shapes:
 
 def _required(config: Config, layer: int, fused_qkv: bool) -> tuple[str, ...]:
     if config.layer_kinds[layer] == "recurrent":
-        inputs = ("attn_qkv", "attn_gate") if fused_qkv else ("ssm_in",)
-        mixer = (*inputs, "ssm_ba", "ssm_conv1d", "ssm_dt", "ssm_a", "ssm_norm", "ssm_out")
+        tiled = config.delta is not None and config.delta.tiled
+        inputs = ("attn_qkv", "attn_gate") if fused_qkv or tiled else ("ssm_in",)
+        mixer = (*inputs, *rates(tiled), "ssm_conv1d", "ssm_dt", "ssm_a", "ssm_norm", "ssm_out")
     else:
         mixer = (*(("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v")), "attn_output")
     if layer not in config.routed:

@@ -13,7 +13,7 @@ from cmr.config import Config
 from cmr.gguf_file import Tensor
 from cmr.ops.records import DeltaWeights, Matrix, Norm, Part
 from cmr.ops.table import Ops
-from cmr.shapes import BLOCK_NORMS, HEAD_NORMS, check_tensors, names_by_layer, qkv_rows
+from cmr.shapes import BLOCK_NORMS, HEAD_NORMS, check_tensors, names_by_layer, qkv_rows, rates
 
 # A tensor and the address of its bytes; None: where the file is mapped.
 Placed = Mapping[str, tuple[Tensor, int | None]]
@@ -240,7 +240,7 @@ class _Reader:
             spans = zip([0, *stops], stops)
             starts = range(0, stops[-1] * delta.key_heads, stops[-1])
             wide = [self.part("ssm_in", (at + low, at + high)) for low, high in spans for at in starts]
-        return [*wide, self.part("ssm_ba")]
+        return [*wide, *map(self.part, rates(delta.tiled))]
 
     def delta(self) -> DeltaWeights:
         """What a recurrent layer has besides matrices."""

@@ -87,11 +87,14 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
     kv_token = sum(2 * heads * (dim + dim_v) for heads, dim, dim_v in shapes)
     context = context or config.n_ctx_train
     activations = Arena(open_ops("portable"), config, MAX_ROWS).nbytes
+    attending = [layer for layer, kind in enumerate(config.layer_kinds) if kind == "attention"]
+    recurrent = config.n_layers - len(attending)
+    states = recurrent * config.delta.state_bytes if config.delta else 0
     return {
         "layers": config.n_layers,
         "width": config.n_embd,
-        "heads": _same(config.n_heads),
-        "kv_heads": _same(config.n_kv_heads),
+        "heads": _same([config.n_heads[layer] for layer in attending]),
+        "kv_heads": _same([config.n_kv_heads[layer] for layer in attending]),
         "head_size": config.head_dim,
         "feed_forward": _same(config.n_ff),
         "experts": config.router
@@ -100,19 +103,22 @@ def _sizes(file: GGUFFile, context: int | None) -> dict[str, Any]:
             "count": config.router.experts,
             "used": config.router.used,
         },
+        "recurrent_layers": recurrent,
+        "drafting_layers": config.n_drafting,
         "window": _same(config.window),
         "context_trained": config.n_ctx_train,
         "context": context,
         "kv_bytes_token": kv_token,
         "kv_bytes": kv_token * context,
+        "state_bytes": states,
         "activation_bytes": activations,
-        "memory_bytes": file.nbytes + kv_token * context + activations,
+        "memory_bytes": file.nbytes + kv_token * context + states + activations,
     }
 
 
-def _same(values: tuple[int, ...]) -> int | list[int]:
-    """One number where all layers agree."""
-    return values[0] if len(set(values)) == 1 else list(values)
+def _same(values: Sequence[int]) -> int | list[int]:
+    """One number where all layers agree; 0 where there are none."""
+    return list(values) if len(set(values)) > 1 else next(iter(values), 0)
 
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -166,15 +172,19 @@ def _model_rows(model: dict[str, Any] | None) -> list[tuple[str, Any]]:
     windows = model["window"] if isinstance(model["window"], list) else [model["window"]] * model["layers"]
     if any(windows):
         heads += f"; {sum(map(bool, windows))} layers see a window of {max(windows)} tokens"
+    if model["recurrent_layers"]:
+        heads += f"; {model['recurrent_layers']} layers are recurrent and keep a state instead"
+    states = f"states {size(model['state_bytes'])}, " if model["recurrent_layers"] else ""
     each = f"{model['kv_bytes_token']} bytes each, f16"
     kv = f"{size(model['kv_bytes'])} KV at {model['context']} tokens ({each})"
     return [
         ("layers", f"{model['layers']} of width {model['width']}, feed-forward {model['feed_forward']}"),
         ("experts", _experts(model["experts"])),
         ("attention", heads),
+        ("left alone", f"{model['drafting_layers']} blocks that draft" if model["drafting_layers"] else None),
         ("context", f"{model['context_trained']} tokens in training"),
         ("memory", f"{size(model['memory_bytes'])} at most: the file, {kv},"),
-        ("", f"{size(model['activation_bytes'])} activations"),
+        ("", f"{states}{size(model['activation_bytes'])} activations"),
     ]
 
 

@@ -13,13 +13,16 @@ import numpy as np
 from cmr import hookimpl
 from cmr.cli.options import Parser
 from cmr.cli.progress import CompileNotice, Progress, say
+from cmr.deltanet import DeltaNet
 from cmr.errors import RequestError
 from cmr.kvcache import AttnRule, LayerCache
 from cmr.model import open_model
 from cmr.ops import open_ops
+from cmr.ops.records import DeltaWeights
 from cmr.quants import FORMATS, row_bytes
 from cmr.router import Router
 from cmr.session import Session
+from cmr.state import DeltaState
 
 PROMPT = 48  # tokens; more than the kernels for a few rows take
 WIDTH = 256  # a whole block of every format
@@ -74,11 +77,15 @@ class Guesses:
 
 
 def warm_model(model: Any) -> None:
-    """Run a short text through a model: a prompt, drafts, single tokens, greedy and sampled."""
+    """Run a short text through a model: a prompt, drafts (or batches), single tokens, greedy and sampled."""
     token = model.tokenizer.bos or 0
-    for plugins, temp in (([Guesses()], 0.8), ([], 0.0)):
+    drafts = "recurrent" not in model.config.layer_kinds
+    several: tuple[Any, Any] = (Guesses(), (12,)) if drafts else ("batching", range(5, 13))
+    for plugins, lengths, temp in (([several[0]], several[1], 0.8), ([], (12,), 0.0)):
         with Session.open(model, plugins) as session:
-            for _ in session.text([token] * PROMPT, max_tokens=12, temp=temp, ignore_eos=True):
+            options = {"temp": temp, "ignore_eos": True}
+            requests = [session.request([token] * PROMPT, max_tokens=n, **options) for n in lengths]
+            for _ in session.stream(requests):
                 pass
 
 
@@ -97,6 +104,7 @@ def warm_table(ops: Any) -> None:
     for act in ACTIVATIONS:
         ops.glu(x, 1, 0, (matrix, None), (matrix, None), act, wide, norm=norms[0])
     _warm_experts(ops, (matrix, None), x, wide)
+    _warm_recurrent(ops)
     ops.finish_logits(x, 1, 1.0, 30.0)
     for heads, kv_heads in HEADS:
         for dim in DIMS:
@@ -111,6 +119,18 @@ def _warm_experts(ops: Any, part: Any, x: Any, wide: Any) -> None:
         ops.glu_experts(x, 1, 0, part, part, ACTIVATIONS[0], routes, wide)
         ops.add_experts(wide, 1, 0, part, routes, x)
         ops.weigh(x, 1, ops.buffer(1, 1))
+
+
+def _warm_recurrent(ops: Any) -> None:
+    """Take a row into a state, and weigh another by gates, where the table computes them."""
+    sizes = DeltaNet(1, 1, 16, 16, 4)
+    if "delta_net" in ops.features:
+        ones, taps = np.ones(16, np.float32), np.zeros((sizes.window, sizes.channels), np.float32)
+        weights = DeltaWeights(sizes, taps, ones, ones, ops.norm_of(ones, None, 1e-5, "rms"))
+        x, out = ops.buffer(1, sizes.inputs), ops.buffer(1, sizes.values)
+        DeltaState(ops, sizes).take(x, slice(0, 1), False, weights, out)
+    if "gated_attention" in ops.features:
+        ops.gate(ops.buffer(1, 16), 1, 16, ops.buffer(1, 16), 0)
 
 
 def _zeros(kind: int) -> Any:
