@@ -68,10 +68,14 @@ def rate(count: float, seconds: float) -> float:
 
 
 def token_bytes(model: Any) -> int:
-    """Return the bytes of weights that a generated token reads: all but a table that is only looked up."""
+    """Return the bytes of weights that a generated token reads: all but a table that is only looked up, and drafts."""
     tensors = model.file.tensors
-    looked_up = "token_embd.weight" if "output.weight" in tensors else None
-    read = (t.nbytes * share_of(model, name) for name, t in tensors.items() if name != looked_up)
+    config = model.config
+    left = [f"blk.{config.n_layers + number}." for number in range(config.n_drafting)]
+    left += ["token_embd.weight"] if "output.weight" in tensors else []
+    read = (
+        t.nbytes * share_of(model, name) for name, t in tensors.items() if not name.startswith(tuple(left))
+    )
     return int(sum(read))
 
 

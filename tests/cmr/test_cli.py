@@ -12,10 +12,11 @@ from tests.feeding import feed
 from tests.ggufs import write_gguf
 from tests.models import RECIPES, write_model
 
-from cmr import open_model
+from cmr import Session, open_model
 from cmr.cli.escapes import unescaped
 from cmr.cli.warmup import warm_table
 from cmr.ops import open_ops
+from cmr.stats import size
 
 STORY = ("-p", "Once upon a time", "--temp", "0", "-n", "24")
 
@@ -326,6 +327,21 @@ def test_info_tells_what_a_file_holds(model):
     assert found["model"]["kv_bytes"] == 64 * found["model"]["kv_bytes_token"]
 
 
+def test_info_tells_what_recurrent_layers_take(tmp_path):
+    path = write_model(tmp_path / "m.gguf", RECIPES["qwen3next"])
+    text = run("info", str(path), command="main").stdout
+    assert (
+        "4 heads, 2 for keys and values, of size 16; 3 layers are recurrent and keep a state instead" in text
+    )
+    found = json.loads(run("info", str(path), "--json", command="main").stdout)["model"]
+    model = open_model(path, device="portable")
+    plan = Session.open(model).plan
+    model.close()
+    assert found["heads"] == 4 and found["kv_heads"] == 2 and found["recurrent_layers"] == 3
+    assert found["state_bytes"] == plan.memory.state and f"states {size(found['state_bytes'])}" in text
+    assert found["kv_bytes_token"] == plan.memory.kv_token - 4  # its position
+
+
 def test_info_reads_what_cannot_be_run(tmp_path):
     path = write_gguf(tmp_path / "foo.gguf", {"general.architecture": "foo", "general.name": "Bar"}, {})
     result = run("info", str(path), command="main")
@@ -353,16 +369,23 @@ def test_warmup_leaves_nothing_to_compile(model):
     assert "compiling" not in run(model, *STORY).stderr
 
 
-def test_a_warm_table_lacks_nothing_that_mixtures_of_experts_need(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "kernels"),
+    [
+        ("gpt-oss", {"route", "glu_experts", "add_experts", "gate:swiglu_oai"}),
+        ("qwen3next", {"delta_net", "delta_head", "delta_conv:4", "gate_rows", "weigh_rows"}),
+    ],
+)
+def test_a_warm_table_lacks_nothing_that_a_model_needs(tmp_path, recipe, kernels):
     ops = open_ops("cpu", threads=1)
     warm_table(ops)
     warm = set(ops._addresses)
     ops.close()
-    model = open_model(write_model(tmp_path / "m.gguf", RECIPES["gpt-oss"]), threads=1)
+    model = open_model(write_model(tmp_path / "m.gguf", RECIPES[recipe]), threads=1)
     model.logits(range(40), kv_dtype=np.float16)
     feed(model, range(20), [1, 2, 4, 8, 5], False, np.float16)
     model.close()
-    assert {"route", "glu_experts", "add_experts", "gate:swiglu_oai"} <= set(model.ops._addresses) <= warm
+    assert kernels <= set(model.ops._addresses) <= warm
 
 
 def test_warmup_wants_one_thing():

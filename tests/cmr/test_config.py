@@ -8,11 +8,14 @@ import pytest
 from tests.ggufs import write_gguf
 from tests.models import RECIPES, Recipe, write_model
 
+from cmr import open_model
 from cmr.architectures import ARCHITECTURES
 from cmr.config import read_config
+from cmr.deltanet import DeltaNet
 from cmr.errors import ModelError
 from cmr.gguf_file import open_gguf
 from cmr.ops import open_ops
+from cmr.stats import token_bytes
 from cmr.weights import Weights
 
 
@@ -252,6 +255,92 @@ def test_layers_of_experts_are_told_by_their_tensors(config_of):
     assert config.router == (20, 6, True, 1.0, False) and config.features == {"experts"}
     assert not config_of(RECIPES["olmoe"]).router.normalized
     assert config_of(RECIPES["gpt-oss"]).features == {"experts", "sink_logits", "swiglu_oai"}
+
+
+def test_recurrent_layers_have_sizes_of_their_own(config_of):
+    config = config_of(RECIPES["qwen3next"])
+    assert config.layer_kinds == ("recurrent",) * 3 + ("attention",)
+    assert config.n_heads == (0, 0, 0, 4) and config.n_kv_heads == (0, 0, 0, 2)
+    assert [config.kv_shape(layer)[0] for layer in range(4)] == [0, 0, 0, 2]
+    assert [rope is None for rope in config.rope] == [True] * 3 + [False] and config.rope[3].rot == 4
+    assert config.delta == DeltaNet(2, 4, 16, 16, 4) and config.delta.inputs == 3 * 64 + 2 * 4
+    assert config.features == {"delta_net", "experts", "gated_attention"}
+    assert config_of(RECIPES["qwen3next-odd"]).layer_kinds == ("attention", "recurrent", "recurrent")
+    assert config_of(RECIPES["qwen35"]).delta.tiled
+    plain = config_of(Recipe())
+    assert plain.layer_kinds == ("attention",) * 3 and plain.delta is None and not plain.features
+
+
+def test_blocks_that_only_draft_are_left_alone(tmp_path):
+    from tests.models import _Maker
+
+    recipe = RECIPES["qwen3next"]
+    maker = _Maker(recipe, np.random.default_rng(0))
+    tensors = maker.tensors() | {"blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32)}
+    more = {"qwen3next.block_count": 5, "qwen3next.nextn_predict_layers": 1}
+    model = open_model(write_gguf(tmp_path / "m.gguf", maker.metadata() | more, tensors), device="portable")
+    plain = open_model(write_model(tmp_path / "plain.gguf", recipe), device="portable")
+    assert model.n_layers == 4 and model.config.n_drafting == 1
+    np.testing.assert_array_equal(model.logits(range(9)), plain.logits(range(9)))
+    assert token_bytes(model) == token_bytes(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("qwen3next", "ssm.group_count", 3, "ssm.group_count is 3, which does not divide 4"),
+        ("qwen3next", "ssm.time_step_rank", 6, "ssm.time_step_rank is 6, which does not divide 64"),
+        ("qwen3next", "ssm.state_size", None, "ssm.state_size is missing"),
+        ("qwen3next", "ssm.conv_kernel", 0, "ssm.conv_kernel is 0; a whole number from 1 to 64 is needed"),
+        ("qwen3next", "attention.value_length", 32, "value_length is 32; gates have 16"),
+        ("qwen3next", "full_attention_interval", 0, "full_attention_interval is 0; a whole number from 1"),
+        ("qwen3next", "nextn_predict_layers", 4, "nextn_predict_layers is 4; a whole number from 0 to 3"),
+        (
+            "qwen3next-odd",
+            "attention.recurrent_layers",
+            np.ones(2, bool),
+            "has to be a truth value for each of 3",
+        ),
+        ("qwen3next-odd", "attention.recurrent_layers", True, "has to be a truth value for each of 3"),
+        ("qwen35", "rope.dimension_sections", np.array([1, 1, 1, 9]), r"is \[1, 1, 1, 9\]; 4 pairs rotate"),
+        ("qwen35", "rope.dimension_sections", "all", r"is \[\]; 4 pairs rotate"),
+    ],
+)
+def test_what_a_recurrent_model_cannot_be_is_refused(tmp_path, name, key, value, message):
+    file = open_gguf(write_model(tmp_path / "m.gguf", RECIPES[name]))
+    key = f"{RECIPES[name].arch}.{key}"
+    file.metadata.pop(key, None)
+    if value is not None:
+        file.metadata[key] = value
+    with pytest.raises(ModelError, match=message):
+        read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "shape", "message"),
+    [
+        ("qwen3next", "blk.0.ssm_a", None, "the tensor blk.0.ssm_a is missing"),
+        ("qwen3next", "blk.0.ssm_a", (5,), "the tensor blk.0.ssm_a is 5; 4 is needed"),
+        ("qwen3next", "blk.0.ssm_a.weight", (4,), "blk.0.ssm_a.weight has no place"),
+        ("qwen3next", "blk.1.ssm_dt.bias", None, "the tensor blk.1.ssm_dt.bias is missing"),
+        ("qwen3next", "blk.1.ssm_dt.bias", (3,), "the tensor blk.1.ssm_dt.bias is 3; 4 is needed"),
+        ("qwen3next", "blk.1.ssm_ba.weight", (4, 64), "blk.1.ssm_ba.weight is 4 x 64; 8 x 64 is needed"),
+        ("qwen3next", "blk.1.ssm_conv1d.weight", (128, 3), "ssm_conv1d.weight is 128 x 3; 128 x 4 is needed"),
+        ("qwen3next", "blk.1.ssm_conv1d.bias", (128,), "blk.1.ssm_conv1d.bias has no place"),
+        ("qwen3next", "blk.1.attn_gate.weight", None, "the tensor blk.1.attn_gate.weight is missing"),
+        ("qwen3next", "blk.1.attn_qkv.weight", None, "the tensor blk.1.ssm_in.weight is missing"),
+        ("qwen3next", "blk.1.attn_q.weight", (64, 64), "blk.1.attn_q.weight has no place"),
+        ("qwen3next", "blk.3.attn_q.weight", (64, 64), "blk.3.attn_q.weight is 64 x 64; 128 x 64 is needed"),
+        ("qwen3next", "blk.3.attn_q_norm.weight", None, "the tensor blk.3.attn_q_norm.weight is missing"),
+        ("qwen3next", "blk.3.ssm_out.weight", (64, 64), "blk.3.ssm_out.weight has no place"),
+        ("qwen35", "blk.0.ssm_alpha.weight", None, "the tensor blk.0.ssm_alpha.weight is missing"),
+        ("qwen35", "blk.0.ssm_ba.weight", (12, 64), "blk.0.ssm_ba.weight has no place"),
+        ("qwen35", "blk.5.attn_q.weight", (64, 64), "blk.5.attn_q.weight has no place"),
+    ],
+)
+def test_tensors_of_recurrent_layers_that_do_not_fit_are_named(tmp_path, recipe, name, shape, message):
+    with pytest.raises(ModelError, match=message):
+        check_changed(tmp_path, RECIPES[recipe], {name: shape})
 
 
 def test_sinks_are_one_for_each_head(tmp_path):

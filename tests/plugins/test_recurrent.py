@@ -1,5 +1,6 @@
 """Plugins on a model most of whose layers are recurrent: they serve the others and leave these alone, or refuse."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.toy import Copies, Preempts, Sees, Together
 
 import cmr
 from cmr import PluginError, Session, discovery
+from cmr.cli.warmup import warm_model
 from cmr.gguf_file import open_gguf
 from cmr.state import DeltaState
 from cmr.testing import check
@@ -211,6 +213,42 @@ def test_an_interrupted_step_leaves_no_row_in_a_state_twice(model, layer, monkey
     while session.step():
         pass
     assert seq.new == wanted
+
+
+def test_layer_stream_streams_here(model):
+    source = Session.open(model, [EXACT["layer-stream"]]).plan.weights
+    assert source.order and source.kept
+
+
+def test_a_setting_is_chosen_for_keys_and_values_alone(model, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran away " * 40)
+    options = f"text={tmp_path}/text.txt,dir={tmp_path},kl=100,tokens=129,settings=kv-quant:bits=8"
+    plan = Session.open(model, [f"kv-auto:{options}"]).plan
+    owners = plan.owners["kv_cache"]
+    assert {owners[layer] for layer in plan.kv_layers} == {"kv-auto"}
+    assert {owners[layer] for layer in RECURRENT} == {"built in"}
+
+
+def test_a_plan_of_attention_leaves_states_alone(model, tmp_path):
+    choices, layers = ["full", "16+2"], model.n_layers
+    found = {"model": model.config.name, "layers": layers, "width": model.config.n_embd, "lengths": [0]}
+    found |= {"choices": choices, "kl": [[[0.0] * layers, [0.001] * layers]], "slots": [[64.0, 18.0]]}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(found))
+    with Session.open(model, [f"attn-plan:file={path},kl=1"]) as session:
+        owners = session.plan.owners["attention"]
+        assert [owner for owner in owners if owner == "attn-plan"] == ["attn-plan"] * 2
+        ruled = answers(session, SAMPLERS[0])
+    with Session.open(model, ["attn-window:window=16,sinks=2"]) as session:
+        assert answers(session, SAMPLERS[0]) == ruled
+
+
+def test_a_warm_model_lacks_nothing(model):
+    """A batch stands for drafts, which recurrent layers cannot take back."""
+    warm_model(model)
+    before = set(model.ops._addresses)
+    answers(Session.open(model, [EXACT["batching"]]), SAMPLERS[0])
+    assert set(model.ops._addresses) == before
 
 
 def test_memory_is_foretold(model):

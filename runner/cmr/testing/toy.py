@@ -86,7 +86,7 @@ class ToyModel:
             n_ctx_train=context, n_heads=(heads,) * n_layers, n_kv_heads=(kv_heads,) * n_layers,
             head_dim=head_dim, head_dim_v=head_dim, n_ff=(ffn,) * n_layers, window=(window,) * n_layers,
             router=None, routed=frozenset(), n_ff_shared=0, layer_kinds=("attention",) * n_layers,
-            delta=None, gated_attention=False,
+            delta=None, gated_attention=False, n_drafting=0,
             kv_shape=lambda layer: (kv_heads, head_dim, head_dim),
         )  # fmt: skip
         rng = np.random.default_rng(seed)
