@@ -123,6 +123,7 @@ def packed(ops, folder, few):
 
 def models(ops, folder, few):
     made = [("F32", "llama"), ("F16", "gemma3"), ("Q8_0", "qwen3"), ("Q4_0", "llama"), ("F32", "gpt-oss")]
+    made += [("F32", "qwen35"), ("F32", "qwen3next-odd")]
     for number, (type, name) in enumerate(made):
         path = write_model(folder / f"{number}.gguf", replace(RECIPES[name], type=type))
         model = open_model(path, threads=2)
