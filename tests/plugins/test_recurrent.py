@@ -24,6 +24,7 @@ EXACT = {
     "answer-cache": "answer-cache",
     "batching": "batching:width=3,tokens=24",
     "budget": "budget:answer=9",
+    "expert-stream": "expert-stream:budget=70%",
     "grammar": "grammar",
     "layer-stream": "layer-stream:budget=65%",
     "stop-loop": "stop-loop:times=2,span=8,least=6",
@@ -59,15 +60,11 @@ def model(tmp_path_factory):
     pytest.importorskip("numba")
     with open_gguf(NANO) as file:
         more = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
-        vocab = len(more["tokenizer.ggml.tokens"])
-    recipe = replace(RECIPES["qwen3next"], vocab=vocab, dim=32, dim_v=32, layers=8, recurrent=RECURRENT)
-    kinds = {
-        "attention.recurrent_layers": tuple(layer in RECURRENT for layer in range(8)),
-        "rope.dimension_count": 8,
-    }
-    recipe = replace(recipe, meta=kinds, context=512)
     more[EXITS] = np.array([1, 2], np.int32)
-    path = write_model(tmp_path_factory.mktemp("recurrent") / "m.gguf", recipe, more=more)
+    kinds = {"attention.recurrent_layers": tuple(layer in RECURRENT for layer in range(8))}
+    recipe = replace(RECIPES["qwen3next"], dim=32, dim_v=32, layers=8, recurrent=RECURRENT, vocabulary=more)
+    recipe = replace(recipe, meta=kinds | {"rope.dimension_count": 8}, context=512)
+    path = write_model(tmp_path_factory.mktemp("recurrent") / "m.gguf", recipe)
     opened = cmr.open_model(path, threads=2)
     yield opened
     opened.close()
