@@ -133,6 +133,16 @@ def metadata(shape: Shape, name: str, file_type: str, vocabulary: Mapping[str, A
             "expert_used_count": shape.used,
             "expert_feed_forward_length": shape.ffn,
         }
+    if shape.shared:
+        sizes["expert_shared_feed_forward_length"] = shape.shared
+    if shape.delta:
+        sizes |= {
+            "ssm.group_count": shape.delta.key_heads,
+            "ssm.time_step_rank": shape.delta.heads,
+            "ssm.state_size": shape.delta.dim,
+            "ssm.inner_size": shape.delta.values,
+            "ssm.conv_kernel": shape.delta.window,
+        }
     general = {"architecture": shape.arch, "name": f"random {name}", "file_type": FILE_TYPES[file_type][0]}
     return (
         {f"general.{key}": item for key, item in general.items()}

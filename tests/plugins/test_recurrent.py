@@ -96,7 +96,10 @@ def test_every_plugin_is_tried_here():
 
 
 KINDS = [*EXACT.values(), Together, Preempts, Sees]
-LOOKS = {"scheduler": (Together, Preempts, EXACT["batching"])}
+SEAMS = {
+    "scheduler": (Together, Preempts, EXACT["batching"]),
+    "weight_source": (EXACT["expert-stream"], EXACT["layer-stream"]),
+}  # of which a session has one owner
 
 
 def label(kind):
@@ -109,10 +112,11 @@ def label(kind):
     ids=lambda kinds: "+".join(map(label, kinds)),
 )
 def test_exact_plugins_and_pairs_of_them_give_the_plain_tokens(model, plain, kinds):
-    if sum(kind in LOOKS["scheduler"] for kind in kinds) > 1:
-        with pytest.raises(PluginError, match="both provide scheduler"):
-            Session.open(model, [kind if isinstance(kind, str) else kind() for kind in kinds])
-        return
+    for seam, owners in SEAMS.items():
+        if sum(kind in owners for kind in kinds) > 1:
+            with pytest.raises(PluginError, match=f"both provide {seam}"):
+                Session.open(model, [kind if isinstance(kind, str) else kind() for kind in kinds])
+            return
     for chunk in (512, 7):
         session = Session.open(
             model, [kind if isinstance(kind, str) else kind() for kind in kinds], chunk=chunk

@@ -1,11 +1,14 @@
 """Random models: the same bytes for a seed, weights of the right spread, files that the engine runs."""
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
 from tests.tool_files import load_tool
 
 import cmr
+from cmr.deltanet import DeltaNet
 from cmr.quants import format_by_name
 
 tool = load_tool("random_model")
@@ -19,6 +22,28 @@ def test_a_random_model_runs_and_says_different_things(tmp_path, file_type):
     model.close()
     assert np.isfinite(logits).all() and 1 < logits.std() < 10
     assert len(set(logits.argmax(1).tolist())) > 1
+
+
+def test_a_random_model_with_recurrent_layers_runs(tmp_path):
+    small = {
+        "embd": 256,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 128,
+        "rotated": 32,
+        "ffn": 256,
+        "shared": 256,
+    }
+    shape = replace(
+        tool.SHAPES["qwen3-next"], **small, vocab=1024, experts=4, used=2, delta=DeltaNet(2, 4, 64, 64, 4)
+    )
+    path = tmp_path / "a.gguf"
+    tool.write(path, shape, "next", "q4_k_m", tool.made_up_vocabulary(shape.vocab), 1)
+    model = cmr.open_model(path, device="portable")
+    logits = model.logits([1, 5, 300])
+    model.close()
+    assert np.isfinite(logits).all() and 1 < logits.std() < 10
+    assert model.config.delta == shape.delta and model.config.layer_kinds.count("recurrent") == 3
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
