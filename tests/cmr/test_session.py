@@ -375,9 +375,11 @@ def test_a_tied_embedding_is_read_for_every_token():
 
     def read(*names, router=None):
         file = SimpleNamespace(tensors=dict.fromkeys(names, SimpleNamespace(nbytes=10)))
-        return token_bytes(SimpleNamespace(file=file, config=SimpleNamespace(router=router)))
+        config = SimpleNamespace(router=router, n_layers=1, n_drafting=1)
+        return token_bytes(SimpleNamespace(file=file, config=config))
 
     assert read("token_embd.weight", "blk.0.x") == 20
+    assert read("blk.0.x", "blk.1.x") == 10  # which only drafts
     assert read("token_embd.weight", "output.weight") == 10
     chosen = SimpleNamespace(used=2, experts=5)
     assert read("blk.0.ffn_up_exps.weight", "blk.0.ffn_gate_inp.weight", router=chosen) == 14
