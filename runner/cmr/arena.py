@@ -106,7 +106,7 @@ def arena_bytes(config: Config, rows: int) -> int:
 def products(config: Config, rows: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield what the products of a step of prompt rows take in and add or gate, as Ops.scratch_bytes wants them."""
     width, router = config.n_embd, config.router
-    yield rows, max(config.n_heads) * config.head_dim_v, rows, width
+    yield rows, _widths(config)[2], rows, width
     for layer, inner in enumerate(config.n_ff):
         places = rows * router.used if router and layer in config.routed else rows
         yield rows, width, places, inner

@@ -156,12 +156,15 @@ class _Samples:
         )
 
     def _fill(self, seq: Any) -> int | None:
-        """Put keys and values of zeros into the caches, for all but a generated token's last token."""
+        """Put keys and values of zeros into the caches, for all but a generated token's last token.
+
+        States take as long whatever is in them.
+        """
         count = len(seq.tokens) - 1
         if seq.request.max_tokens == 1 or not count:
             return None
         pos = np.arange(count, dtype=np.int32)
-        for layer in seq.session.plan.layers:
+        for layer in seq.session.plan.kv_layers:
             kv_heads, dim, dim_v = self.model.config.kv_shape(layer)
             for start in range(0, count, ROWS):
                 rows = pos[start : start + ROWS]

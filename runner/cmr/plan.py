@@ -41,15 +41,14 @@ class Memory:
 class Plan:
     """What a session runs: plain objects and plain callables, each hook's in the order of the command line.
 
-    `kv_layers` are those of `layers` that keep keys and values; others are recurrent and keep a state. `caches` has a
-    factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the model's
-    layers. `owners` says who provides a seam, `names` whose a hook's callables are; `recorded` are steps that
+    `layer_kinds` has the kind, `caches` a factory and `attend` an attend(q, cache, q_pos, out, prompt) for each of the
+    model's layers. `owners` says who provides a seam, `names` whose a hook's callables are; `recorded` are steps that
     the forward pass runs again.
     """
 
     weights: Any
     layers: tuple[int, ...]
-    kv_layers: tuple[int, ...]
+    layer_kinds: tuple[str, ...]
     caches: tuple[Callable[[], Any], ...]
     attend: tuple[Callable[..., None], ...]
     drafter: Any
@@ -74,6 +73,11 @@ class Plan:
     finish_request: tuple[Callable[..., Any], ...] = ()
     report: tuple[Callable[..., Any], ...] = ()
     recorded: dict[Any, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that keep keys and values; the others are recurrent and keep a state."""
+        return tuple(layer for layer in self.layers if self.layer_kinds[layer] == "attention")
 
     @property
     def exact(self) -> bool:

@@ -85,7 +85,7 @@ class _Asking:
         return Plan(
             weights=weights,
             layers=layers,
-            kv_layers=kv_layers,
+            layer_kinds=self.kinds,
             caches=caches,
             attend=attend,
             drafter=drafter,

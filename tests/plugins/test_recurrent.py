@@ -13,6 +13,7 @@ from tests.toy import Copies, Preempts, Sees, Together
 import cmr
 from cmr import PluginError, Session, discovery
 from cmr.cli.warmup import warm_model
+from cmr.forecast import foretell
 from cmr.gguf_file import open_gguf
 from cmr.state import DeltaState
 from cmr.testing import check
@@ -29,8 +30,10 @@ EXACT = {
     "layer-stream": "layer-stream:budget=65%",
     "stop-loop": "stop-loop:times=2,span=8,least=6",
     "telemetry": "telemetry",
+    "tuner": "tuner",
 }
 INEXACT = {
+    "answer-similar": "answer-similar",
     "attn-block": "attn-block",
     "attn-extend": "attn-extend:group=4,window=64",
     "attn-pages": "attn-pages:first=0,top=1,size=16,recent=1",
@@ -250,6 +253,13 @@ def test_a_warm_model_lacks_nothing(model):
     before = set(model.ops._addresses)
     answers(Session.open(model, [EXACT["batching"]]), SAMPLERS[0])
     assert set(model.ops._addresses) == before
+
+
+def test_speed_is_foretold(model):
+    with Session.open(model) as session:
+        speed = foretell(session, 100, temp=0.0)
+    assert speed.depth == 100 and speed.kv_bytes == 100 * session.plan.memory.kv_token
+    assert min(speed.token, speed.deep, speed.prompt) > 0
 
 
 def test_memory_is_foretold(model):
