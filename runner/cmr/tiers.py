@@ -255,9 +255,12 @@ class TieredCache:
 
     def can_rollback_to(self, pos: int) -> bool:
         """Whether rollback(pos) leaves what was here when pos was next: each tier reaches as far back as then."""
-        ends = [tier.until for tier in self.tiers if tier.until]
+        lows = [border_of(pos, tier.until) for tier in self.tiers if tier.until]
         starts = [int(store.positions[0]) if store.used else NEVER for store in self.stores]
-        return pos <= 0 or all(start <= border_of(pos, end) for start, end in zip(starts, ends))
+        # A tier that nothing was old enough for reaches back to the one before it.
+        return pos <= 0 or all(
+            start <= low or low == high for start, low, high in zip(starts, lows, [pos, *lows])
+        )
 
     def rollback(self, pos: int) -> None:
         """Forget every position from pos on; what is left stays in the form it has."""

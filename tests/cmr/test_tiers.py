@@ -202,6 +202,29 @@ def test_rolling_back_a_little_leaves_what_was_there(ops):
     np.testing.assert_allclose(out, wanted[500:516], atol=0 if ops.name == "cpu" else 1e-5)
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_what_can_be_taken_back_gives_what_was_there(ops, sinks):
+    x, q, rule = floats(420, 2, 32), floats(420, 4, 32, seed=1), AttnRule()
+    tiers = (Tier(40), Tier(120, "Q8_0", "Q8_0"), Tier(250, "Q5_1", "Q5_1"), Tier(0, "Q4_0", "Q4_0"))
+    options = {"tiers": tiers, "sinks": sinks}
+    _, wanted = fed(ops, x, (1,), q, False, **options)
+    far = 0
+    for n in (*range(2, 70, 9), *range(70, 420, 17)):
+        for back in (1, 3, 40):
+            cache, _ = fed(ops, x[:n], (1,) if n < 100 else (50,), **options)
+            pos = n - back
+            # What drafts were wrong about can always be forgotten.
+            assert cache.can_rollback_to(pos) or back > 3
+            if pos > 0 and cache.can_rollback_to(pos):
+                far += back > 3
+                cache.rollback(pos)
+                out, here = np.zeros((1, 4, 32), np.float32), np.array([pos], np.int32)
+                cache.append(x[pos : pos + 1], -x[pos : pos + 1], here)
+                cache.attend(q[pos : pos + 1], here, rule, out, False)
+                np.testing.assert_allclose(out, wanted[pos : pos + 1], atol=0 if ops.name == "cpu" else 1e-5)
+    assert far
+
+
 def test_rolling_back_far_leaves_the_forms_and_goes_on(ops):
     x, tiers = floats(600, 2, 32), (Tier(40), Tier(0, "Q8_0", "Q8_0"))
     cache, _ = fed(ops, x, (100,), tiers=tiers)
