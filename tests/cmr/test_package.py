@@ -108,10 +108,13 @@ def test_the_readme_lists_all_architectures_and_tensor_types():
     from cmr.architectures import ARCHITECTURES
     from cmr.quants import FORMATS
 
-    text = README.replace("\n", " ").replace(" (Mistral's too)", "")
-    architectures = re.search(r"of the architectures ([\w, -]+?), with tensors", text)[1]
-    types = re.search(r"tensors of the types ([\w, ]+?)\.", text)[1]
-    assert set(re.split(r", | and ", architectures)) == set(ARCHITECTURES)
+    text = README.replace("\n", " ")
+    kinds = re.search(r"of the architectures  \* (.*?)  A file", text)[1].split(" * ")
+    # A list of each kind, until words say what it is.
+    lists = [re.sub(r" \(.*?\)", "", kind) for kind in kinds]
+    lists = [re.split(r", which |, and |, in which ", names)[0] for names in lists]
+    types = re.search(r"tensors of the types ([\w, ]+?), of the", text)[1]
+    assert {name for names in lists for name in re.split(r", | and ", names)} == set(ARCHITECTURES)
     assert set(re.split(r", | and ", types)) == {kind.name for kind in FORMATS.values()}
 
 
