@@ -77,7 +77,8 @@ def replay(
 ) -> tuple[list[int], Tree, float]:
     """Run prompts one after the other; return how many tokens of each were reused, the tree, and seconds."""
     tree = Tree(limit, block)
-    plan = SimpleNamespace(layers=(0,), caches=(ByteCache,), owners={"kv_cache": ("built in",)})
+    owners = {"kv_cache": ("built in",)}
+    plan = SimpleNamespace(layers=(0,), kv_layers=(0,), caches=(ByteCache,), owners=owners)
     store = Store(tree, Layout(plan), {"trace": "one byte a token"}, [], None)
     counts, began = [], perf_counter()
     for tokens, _ in requests:
