@@ -30,7 +30,7 @@ class Speed:
     """Seconds of one sequence: of a generated token at first and behind `depth` others, of a prompt's token.
 
     A token reads `weight_bytes`, and `kv_bytes` behind `depth` others. `drafts` would make it faster, as will the file
-    if parts of it still came from the disk (`cold`).
+    if parts of it still came from the disk (`cold`), and weights that a plugin read then and keeps (`streamed`).
     """
 
     token: float
@@ -41,6 +41,7 @@ class Speed:
     kv_bytes: int
     drafts: bool = False
     cold: bool = False
+    streamed: bool = False
 
     def behind(self, many: int) -> float:
         """Return the seconds of a generated token behind so many others, in line with the two that are known."""
@@ -57,6 +58,7 @@ class Speed:
             if self.cold
             else ""
         )
+        more += "; weights were read for it, which later tokens may find in memory" if self.streamed else ""
         return (
             f"about {1 / self.token:.3g} tok/s ({size(self.weight_bytes)} of weights a token, "
             f"{size(self.weight_bytes / self.token)}/s){deep}; prompts {1 / self.prompt:.3g} tok/s{more}"
@@ -79,6 +81,7 @@ def foretell(session: Session, depth: int = DEPTH, **options: Any) -> Speed:
         deep=samples.tokens(depth) if depth else token,
         prompt=prompt,
         cold=_disk_reads() - before > FEW_READS,
+        streamed=samples.whole,
         depth=depth,
         weight_bytes=token_bytes(session.model),
         kv_bytes=depth * plan.memory.kv_token,

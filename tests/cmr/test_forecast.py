@@ -76,6 +76,11 @@ def test_it_says_when_the_file_came_from_the_disk(timed, monkeypatch):
     )
 
 
+def test_it_says_when_a_plugin_read_weights():
+    said = [str(foretell(Session.open(tiny(), plugins), 20)) for plugins in ([], ["layer-stream:budget=50%"])]
+    assert [text.endswith("which later tokens may find in memory") for text in said] == [False, True]
+
+
 def test_it_leaves_no_trace_in_the_session_and_calls_no_plugin():
     heard = []
 
