@@ -2,15 +2,13 @@
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.conftest import ROOT
 from tests.models import RECIPES, Recipe, write_model
+from tests.streaming import answers, check_memory
 from tests.toy import MODEL, Copies, Together
 from tests.vocabularies import sentence_pieces
 
@@ -20,7 +18,6 @@ from cmr_plugins.expert_memory import ExpertMemory
 from cmr_plugins.expert_stream import Source
 from cmr_plugins.weight_reader import PAGE, Files
 
-PROMPTS = [[1, 2, 3], list(range(40)), [7] * 17]
 MODELS = {
     name: replace(
         RECIPES[name], type="Q8_0", layers=4, width=128, expert_inner=inner, vocabulary=sentence_pieces()
@@ -73,14 +70,6 @@ def streamed(model, *others, share=0.2, **limits):
         model, [f"expert-stream:budget={int(low + share * (high - low))}", *others], **limits
     )
     return session, session.plan.plugins["expert-stream"].source
-
-
-def answers(session, prompts=PROMPTS, n=12, **options):
-    texts = [session.add(session.request(p, max_tokens=n, **{"temp": 0.0} | options)) for p in prompts]
-    while session.step():
-        pass
-    assert [text.error for text in texts] == [None] * len(texts)
-    return [text.new for text in texts]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
@@ -369,22 +358,6 @@ def test_addresses_take_no_memory_until_they_are_read(tmp_path):
     files.close()
 
 
-MEASURE = """
-import sys, cmr
-def memory():
-    words = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return {key: 1024 * int(words[key].split()[0]) for key in ("VmRSS", "VmHWM")}
-small = cmr.open_model(sys.argv[1])
-warm = cmr.Session.open(small)
-list(warm.generate(warm.request([1, 2, 3], max_tokens=4, temp=0.0)))
-model = cmr.open_model(sys.argv[2])
-before = memory()["VmRSS"]
-session = cmr.Session.open(model, ["expert-stream:budget=" + sys.argv[3]])
-list(session.generate(session.request(list(range(20)), max_tokens=40, temp=1.0, seed=1)))
-print(memory()["VmHWM"] - before, model.activation_bytes)
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_stays_within_the_budget(tmp_path):
     pytest.importorskip("numba")
@@ -392,11 +365,4 @@ def test_memory_stays_within_the_budget(tmp_path):
     small = write_model(tmp_path / "small.gguf", recipe)
     large = write_model(tmp_path / "large.gguf", replace(recipe, width=1024, expert_inner=512))
     budget = os.path.getsize(large) * 2 // 5
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, small, large, str(budget)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'runner'}:{ROOT / 'plugins'}"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    grown, activations = map(int, done.stdout.split())
-    assert grown < 1.1 * budget + activations + (4 << 20), (grown, budget, activations)
+    check_memory(small, large, "expert-stream", budget)

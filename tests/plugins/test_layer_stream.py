@@ -2,8 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from itertools import zip_longest
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from tests.conftest import ROOT
 from tests.models import Recipe, write_model
+from tests.streaming import PROMPTS, answers, check_memory
 from tests.toy import MODEL, Copies, Together
 
 from cmr import PluginError, Session, hookimpl, open_model
@@ -19,7 +18,6 @@ from cmr_plugins.weight_reader import PAGE, Files, Memory, Ring, unit_of
 
 LAYERS = 9
 RECIPE = Recipe(layers=LAYERS, type="Q8_0", biases=("attn_q", "ffn_down", "output"), inner=256)
-PROMPTS = [[1, 2, 3], list(range(40)), [7] * 17]
 OTHERS = {
     "alone": [],
     "drafts": [Copies],
@@ -56,14 +54,6 @@ def stream(model):
         return session, session.plan.plugins["layer-stream"].source
 
     return opened
-
-
-def answers(session, prompts=PROMPTS, n=12, **options):
-    texts = [session.add(session.request(p, max_tokens=n, **{"temp": 0.0} | options)) for p in prompts]
-    while session.step():
-        pass
-    assert [text.error for text in texts] == [None] * len(texts)
-    return [text.new for text in texts]
 
 
 @pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
@@ -289,22 +279,6 @@ def test_the_ring_serves_any_order(tmp_path):
     assert not ring.thread.is_alive() and threading.active_count() >= 1
 
 
-MEASURE = """
-import sys, cmr
-def memory():
-    words = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return {key: 1024 * int(words[key].split()[0]) for key in ("VmRSS", "VmHWM")}
-small = cmr.open_model(sys.argv[1])
-warm = cmr.Session.open(small)
-list(warm.generate(warm.request([1, 2, 3], max_tokens=4, temp=0.0)))
-model = cmr.open_model(sys.argv[2])
-before = memory()["VmRSS"]
-session = cmr.Session.open(model, ["layer-stream:budget=" + sys.argv[3]])
-list(session.generate(session.request(list(range(20)), max_tokens=8, temp=0.0)))
-print(memory()["VmHWM"] - before, model.activation_bytes)
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_stays_within_the_budget(path, tmp_path):
     pytest.importorskip("numba")
@@ -312,11 +286,4 @@ def test_memory_stays_within_the_budget(path, tmp_path):
         tmp_path / "large.gguf", Recipe(layers=14, width=512, inner=1536, heads=8, dim=64, dim_v=64)
     )
     budget = os.path.getsize(large) // 4
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, path, large, str(budget)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'runner'}:{ROOT / 'plugins'}"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    grown, activations = map(int, done.stdout.split())
-    assert grown < 1.1 * budget + activations + (4 << 20), (grown, budget, activations)
+    check_memory(path, large, "layer-stream", budget)
