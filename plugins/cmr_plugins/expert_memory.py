@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cmr_plugins.weight_reader import PAGE, Extent, Unit
+from cmr_plugins.weight_reader import PAGE, Extent, Memory, Unit, page_end
 
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if hasattr(mmap, "MAP_PRIVATE") else 0
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # addresses, for which the system sets no memory aside
 
 
-class ExpertMemory:
+class ExpertMemory(Memory):
     """The matrices of `experts` experts as they lie in the file, one behind the other.
 
     A page that several share stays as long as one of them does.
@@ -25,16 +24,14 @@ class ExpertMemory:
         self.experts, self.places, size = experts, dict[str, int](), 0
         for tensor in tensors:
             self.places[tensor.name] = size + tensor.offset % PAGE
-            size += _up(tensor.offset % PAGE + tensor.nbytes)
-        self._map = mmap.mmap(-1, size, **({"flags": PRIVATE | NO_RESERVE} if PRIVATE else {}))
+            size += page_end(tensor.offset % PAGE + tensor.nbytes)
+        super().__init__(size, NO_RESERVE)
         self._advise("MADV_NOHUGEPAGE", 0, size)  # a huge page would take the memory of neighbours
-        self.view = memoryview(self._map)
-        self.address: int = np.frombuffer(self._map, np.uint8, 1).__array_interface__["data"][0]
 
     @staticmethod
     def most_bytes(tensors: Iterable[Any], experts: int) -> int:
         """Return the most that an expert of these tensors takes, with pages that it has a part of."""
-        return sum(_up(tensor.nbytes // experts) + PAGE for tensor in tensors)
+        return sum(page_end(tensor.nbytes // experts) + PAGE for tensor in tensors)
 
     def address_of(self, tensor: Any) -> int:
         """Where a tensor's first expert would begin."""
@@ -45,7 +42,7 @@ class ExpertMemory:
         extents, nbytes = [], 0
         for tensor, start, stop in self._parts(tensors, expert):
             first, last = tensor.offset + start, tensor.offset + stop
-            first, last = first // PAGE * PAGE, _up(last)
+            first, last = first // PAGE * PAGE, page_end(last)
             place = self.places[tensor.name] + first - tensor.offset
             extents.append(Extent(tensor.source.path, first, last, place))
             nbytes += stop - start
@@ -55,7 +52,7 @@ class ExpertMemory:
         """Give the memory of an expert back; `held` bool [experts] says which others share their pages with it."""
         for tensor, start, stop in self._parts(tensors, expert):
             base, each = self.places[tensor.name], stop - start
-            first, last = (base + start) // PAGE * PAGE, _up(base + stop)
+            first, last = (base + start) // PAGE * PAGE, page_end(base + stop)
             if held[max(0, first - base) // each : expert].any():
                 first += PAGE
             if held[expert + 1 : -((base - last) // each)].any():
@@ -72,7 +69,3 @@ class ExpertMemory:
     def _advise(self, advice: str, start: int, length: int) -> None:
         if hasattr(mmap, advice):
             self._map.madvise(getattr(mmap, advice), start, length)
-
-
-def _up(place: int) -> int:
-    return -(-place // PAGE) * PAGE

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cmr import PluginError
-from cmr_plugins.weight_reader import PAGE
+from cmr_plugins.weight_reader import page_end
 
 TRIES = 6  # of one layer, the fastest of which counts
 
@@ -32,9 +32,10 @@ def forget_map(model: Any) -> None:
 
 def forget(tensor: Any) -> None:
     """Take what was looked at of a mapped tensor out of memory, and let its pages be read one by one from now on."""
-    start = -(-tensor.offset // PAGE) * PAGE
-    for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE", "MADV_DONTNEED"):
-        tensor.source.advise(advice, start, tensor.nbytes - (start - tensor.offset))
+    start = page_end(tensor.offset)
+    nbytes = tensor.offset + tensor.nbytes - start
+    for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE", "MADV_DONTNEED") if nbytes > 0 else ():
+        tensor.source.advise(advice, start, nbytes)
 
 
 def looked_up_only(weights: Any) -> bool:

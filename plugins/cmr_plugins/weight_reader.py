@@ -19,6 +19,11 @@ NEAR = 1 << 16  # tensors closer than this in a file are read in one piece
 REQUEST = 1 << 23  # bytes asked for in one call
 
 
+def page_end(place: int) -> int:
+    """Return the first beginning of a page that is not before a place."""
+    return -(-place // PAGE) * PAGE
+
+
 class Extent(NamedTuple):
     """A piece of a file, page by page, and where in a buffer it goes."""
 
@@ -48,7 +53,7 @@ def unit_of(key: Any, ranges: Iterable[tuple[str, Path, int, int]]) -> Unit:
     ranges = sorted(ranges, key=lambda r: r[1:])
     pieces: list[list[Any]] = []
     for _, path, start, stop in ranges:
-        start, stop = start // PAGE * PAGE, -(-stop // PAGE) * PAGE
+        start, stop = start // PAGE * PAGE, page_end(stop)
         if pieces and pieces[-1][0] == path and start <= pieces[-1][2] + NEAR:
             pieces[-1][2] = max(stop, pieces[-1][2])
         else:
@@ -69,8 +74,10 @@ def unit_of(key: Any, ranges: Iterable[tuple[str, Path, int, int]]) -> Unit:
 class Memory:
     """Bytes at a page's beginning, given back to the system when they are dropped."""
 
-    def __init__(self, size: int) -> None:
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    def __init__(self, size: int, flags: int = 0) -> None:
+        private = (
+            {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags} if hasattr(mmap, "MAP_PRIVATE") else {}
+        )
         self._map = mmap.mmap(-1, max(size, PAGE), **private)
         self.view = memoryview(self._map)
         self.address: int = np.frombuffer(self._map, np.uint8, 1).__array_interface__["data"][0]

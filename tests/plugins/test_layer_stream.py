@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.toy import MODEL, Copies, Together
 
 from cmr import PluginError, Session, hookimpl, open_model
 from cmr.testing import check
+from cmr_plugins.weight_budget import forget
 from cmr_plugins.weight_reader import PAGE, Files, Memory, Ring, unit_of
 
 LAYERS = 9
@@ -262,6 +264,15 @@ def test_units_hold_their_bytes_wherever_they_lie(tmp_path):
     with pytest.raises(OSError, match="ended at byte"):
         files.read(unit, memory)
     files.close()
+
+
+def test_of_a_tensor_whole_pages_are_forgotten():
+    calls = []
+    source = SimpleNamespace(advise=lambda *call: calls.append(call))
+    forget(SimpleNamespace(offset=10, nbytes=100, source=source))
+    assert calls == []
+    forget(SimpleNamespace(offset=10, nbytes=3 * PAGE, source=source))
+    assert {call[1:] for call in calls} == {(PAGE, 2 * PAGE + 10)}
 
 
 def test_the_ring_serves_any_order(tmp_path):
