@@ -13,10 +13,8 @@ SURE, NOISE = 2.5, 0.02  # standard errors that a difference must have, and the 
 GAIN, ENOUGH = 0.02, 8  # what is worth finding, and comparisons after which what is not clearly better rests
 KEPT = 2  # comparisons that count on when something rests or the best changes
 REST = 24  # uses before what lost is tried again, twice as many each time
-WINDOW, SHIFT = (
-    5,
-    0.2,
-)  # uses in a row by which the best must have become so much slower or faster for a change
+WINDOW = 5  # uses in a row by which the best must have become slower or faster for a change,
+SHIFT = 0.2  # by so much, in logs
 
 
 class Arms:

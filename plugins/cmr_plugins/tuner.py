@@ -10,10 +10,7 @@ from cmr_plugins.arms import Arms
 CHUNKS = (128,)  # prompt rows in a step that are tried besides the scheduler's own
 WHOLE = 1 << 30  # more rows than any scheduler gives
 SETTLED = 2  # steps of generated tokens before those that are timed: the first of a kind is recorded
-LEAST_TOKENS, LEAST_ROWS = (
-    4,
-    32,
-)  # what a request must have, of generated and of prompt tokens, to say anything
+LEAST_TOKENS, LEAST_ROWS = 4, 32  # of generated and of prompt tokens, for a request to say anything
 
 
 class Way(NamedTuple):
@@ -121,7 +118,7 @@ class Tuner:
         elif rows == len(parts) and not step.n_prompt:  # without drafts, which take longer and give more
             self.steps += 1
             if self.steps > SETTLED:
-                held = len(parts[0].seq.tokens) if rows == 1 else sum(len(part.seq.tokens) for part in parts)
+                held = sum(len(part.seq.tokens) for part in parts)
                 self.tokens.add(step.seconds, self.weights + self.kv_token * held, 1)
 
     @hookimpl

@@ -126,13 +126,7 @@ def read_config(
         **_scales(keys, quirks, n_layers, sizes),
         activation=quirks.activation,
         window=windows,
-        rope=tuple(
-            rope if heads else None
-            for rope, heads in zip(
-                _ropes(keys, quirks, file.tensors, windows, sizes["head_dim"], n_ctx_train, n_ctx),
-                sizes["n_heads"],
-            )
-        ),
+        rope=_ropes(keys, quirks, file.tensors, windows, sizes, n_ctx_train, n_ctx),
         norms=quirks.norms,
         norm_tensors=dict(quirks.norm_tensors),
         parallel_residual=quirks.norms == ("attn_norm",) and _norms_once(file.tensors),
@@ -247,12 +241,12 @@ def _ropes(
     quirks: Quirks,
     tensors: Mapping[str, Tensor],
     windows: tuple[int, ...],
-    head_dim: int,
+    sizes: dict[str, Any],
     n_ctx_train: int,
     n_ctx: int,
 ) -> tuple[Rope | None, ...]:
-    """The rotation of each layer; layers that rotate alike share one record."""
-    wide = read_rope(keys, head_dim, quirks.pairing, n_ctx_train)
+    """The rotation of each layer, None for those without heads; layers that rotate alike share one record."""
+    wide = read_rope(keys, sizes["head_dim"], quirks.pairing, n_ctx_train)
     rotates = keys.flag("rope.scaling.finetuned", True) or not quirks.rope_switch
     if wide is None or not rotates:
         return (None,) * len(windows)
@@ -264,8 +258,8 @@ def _ropes(
     if window_base != wide.base:
         narrow = replace(narrow, base=window_base)
     period = quirks.rope_period
-    every = enumerate(windows)
-    return tuple(None if period and (i + 1) % period == 0 else narrow if size else wide for i, size in every)
+    rotating = (heads and not (period and (i + 1) % period == 0) for i, heads in enumerate(sizes["n_heads"]))
+    return tuple((narrow if size else wide) if turns else None for turns, size in zip(rotating, windows))
 
 
 def _factor_tensor(tensors: Mapping[str, Tensor], long: bool) -> str | None:

@@ -52,13 +52,12 @@ class Speed:
         deep = (
             f", {1 / self.deep:.3g} behind {self.depth} ({size(self.kv_bytes)} of KV)" if self.depth else ""
         )
-        more = "; drafts are not counted" if self.drafts else ""
-        more += (
-            "; parts of the file came from the disk meanwhile, and will be in memory later"
-            if self.cold
-            else ""
+        told = (
+            (self.drafts, "drafts are not counted"),
+            (self.cold, "parts of the file came from the disk meanwhile, and will be in memory later"),
+            (self.streamed, "weights were read for it, which later tokens may find in memory"),
         )
-        more += "; weights were read for it, which later tokens may find in memory" if self.streamed else ""
+        more = "".join(f"; {text}" for holds, text in told if holds)
         return (
             f"about {1 / self.token:.3g} tok/s ({size(self.weight_bytes)} of weights a token, "
             f"{size(self.weight_bytes / self.token)}/s){deep}; prompts {1 / self.prompt:.3g} tok/s{more}"

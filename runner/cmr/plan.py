@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import getdoc
 from itertools import groupby
@@ -77,7 +77,7 @@ class Plan:
     @property
     def kv_layers(self) -> tuple[int, ...]:
         """The layers that keep keys and values; the others are recurrent and keep a state."""
-        return tuple(layer for layer in self.layers if self.layer_kinds[layer] == "attention")
+        return attending(self.layers, self.layer_kinds)
 
     @property
     def exact(self) -> bool:
@@ -89,6 +89,11 @@ class Plan:
         """Whether a sequence's caches are all that its prompt leaves: plugins that change tokens follow no steps."""
         following = {*self.names["on_attention"], *self.names["on_layer"], *self.names["on_step"]}
         return not self.evidence and all(declared(self.plugins[name], "exact") for name in following)
+
+
+def attending(layers: Iterable[int], kinds: Sequence[str]) -> tuple[int, ...]:
+    """Return those of some layers that attend, of the kinds that a model's layers have."""
+    return tuple(layer for layer in layers if kinds[layer] == "attention")
 
 
 def explain(plan: Plan) -> Iterator[str]:

@@ -18,7 +18,7 @@ from cmr.defaults import BUILT_IN, Defaults
 from cmr.discovery import declared, hooks_of
 from cmr.errors import ModelError, PluginError
 from cmr.kvcache import AttnRule, by_rule
-from cmr.plan import Memory, Plan
+from cmr.plan import Memory, Plan, attending
 
 NEEDS = ("tokenizer", "chat_template")
 
@@ -66,17 +66,16 @@ class _Asking:
         """Ask for everything and put the answers together."""
         weights = self.ask("weight_source")
         layers = self._layers()
-        kv_layers = tuple(layer for layer in layers if self.kinds[layer] == "attention")
         self._check_kinds(layers)
         caches, samples = self._caches(layers)
         attend = tuple(self._attend(layer) for layer in range(self.model.n_layers))
         drafter, scheduler = self.ask("drafter"), self.ask("scheduler")
-        evidence = self._evidence(kv_layers, samples, attend)
+        evidence = self._evidence(attending(layers, self.kinds), samples, attend)
         if evidence:
             (kind,) = evidence
-            noting = (partial(_noting, make, kind) for make in caches)
             caches = tuple(
-                new if own == "attention" else old for old, new, own in zip(caches, noting, self.kinds)
+                partial(_noting, make, kind) if own == "attention" else make
+                for make, own in zip(caches, self.kinds)
             )
             samples = [make() for make in caches]
         if drafter is not None:

@@ -26,9 +26,8 @@ class Layer:
     `attn_qkv` are the input projections of attention in one list: queries, keys, values, then gates where queries come
     with some. `q_norm_heads` and `k_norm_heads` are how many heads their norm treats one by one (1: the norm spans all
     heads). In a recurrent layer, which has a `delta`, `attn_qkv` are the inputs that DeltaNet lists, and `attn_output`
-    is what GGUF calls ssm_out.  Where there is a `ffn_gate_inp`, the matrices of
-    the feed-forward part are those of all experts, one behind the other; a token reads a `share` of them, and all
-    of the shared one (`shexp`), if there is any.
+    is what GGUF calls ssm_out. Where there is a `ffn_gate_inp`, the matrices of the feed-forward part are those of all
+    experts, one behind the other; a token reads a `share` of them, and all of the shared one (`shexp`), if any.
     """
 
     index: int

@@ -32,7 +32,7 @@ JOBS = {
     "project": jobs.PROJECT,
     "glu": jobs.GLU,
     "route": routing.ROUTE,
-    "weigh_rows": routing.WEIGH_ROWS,
+    "weigh_rows": gates.WEIGH_ROWS,
     "glu_experts": experts.GLU_EXPERTS,
     "add_experts": experts.ADD_EXPERTS,
     "delta_net": deltanet.DELTA_NET,

@@ -9,7 +9,7 @@ places; prompt rows come first, so those of one expert do too. What lies where, 
 """
 
 from .emit import emitter, write
-from .jobs import INPUT, PART, PIECES, ROOM, begin_product, behind, gate_rows, multiply, read_fields
+from .jobs import INPUT, PART, PIECES, ROOM, activate_rows, begin_product, behind, multiply, read_fields
 from .product import RECORD, STEP
 from .routing import GROUP
 from .rows import store_scaled
@@ -41,7 +41,7 @@ def glu_experts(v, args):
         for part, target, stride in ((gate, out, f["out_stride"]), (up, y, f["y_stride"])):
             multiply(v, tokens, _of_expert(v, part, skipped), padded, target, stride, first, last, scratch)
         biases = [behind(v, part["bias"], v.add(skipped, first)) for part in (gate, up)]
-        gate_rows(v, f, out, y, group["count"], first, last, biases)
+        activate_rows(v, f, out, y, group["count"], first, last, biases)
 
     _draw_blocks(v, f, v.add(control, COUNTERS), body)
 

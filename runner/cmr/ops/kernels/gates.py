@@ -5,6 +5,7 @@ from .jobs import read_fields
 from .vector import F32, fill
 
 GATE_ROWS = ("x", "x_stride", "columns", "gates", "gates_stride", "n")
+WEIGH_ROWS = ("x", "stride", "columns", "logits", "logits_stride", "n")
 
 
 def sigmoid(v, x):
@@ -37,5 +38,22 @@ def gate_rows(v, args):
             there = v.add(x, v.mul(at, 4))
             weight = sigmoid(v, v.load_vector(v.add(gates, v.mul(at, 4)), lanes))
             v.store(there, v.b.fmul(v.load_vector(there, lanes), weight), 4)
+
+        v.chunks(f["columns"], body)
+
+
+@emitter("weigh_rows")
+def weigh_rows(v, args):
+    """Multiply each row by the sigmoid of its logit; fields WEIGH_ROWS."""
+    _, argument, me, team = args[:4]
+    f = read_fields(v, argument, WEIGH_ROWS)
+    with v.loop(me, f["n"], team) as row:
+        logit = v.load(v.add(f["logits"], v.mul(row, f["logits_stride"])), F32)
+        weight = v.lane(sigmoid(v, v.splat(logit, 16)), 0)
+        x = v.add(f["x"], v.mul(row, f["stride"]))
+
+        def body(at, lanes, x=x, weight=weight):
+            there = v.add(x, v.mul(at, 4))
+            v.store(there, v.b.fmul(v.load_vector(there, lanes), v.splat(weight, lanes)), 4)
 
         v.chunks(f["columns"], body)

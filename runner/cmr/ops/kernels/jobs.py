@@ -75,7 +75,7 @@ def begin_product(v, args, names):
     return f, padded, v.add(f["scratch"], v.mul(me, f["scratch_stride"]))
 
 
-def gate_rows(v, f, out, y, n, first, last, biases):
+def activate_rows(v, f, out, y, n, first, last, biases):
     """out = act(out) * y in columns `first` to `last` of n rows, biases added first."""
     with v.loop(0, n) as t:
         there = v.add(out, v.mul(t, f["out_stride"]), v.mul(first, 4))
@@ -164,7 +164,7 @@ def glu(v, args):
         multiply(v, f, gate, padded, f["out"], f["out_stride"], first, last, scratch)
         multiply(v, f, up, padded, f["y"], f["y_stride"], first, last, scratch)
         biases = behind(v, gate["bias"], first), behind(v, up["bias"], first)
-        gate_rows(v, f, f["out"], f["y"], f["n"], first, last, biases)
+        activate_rows(v, f, f["out"], f["y"], f["n"], first, last, biases)
 
     spans(v, v.add(control, COUNTERS), gate["rows"], me, team, body)
 

@@ -5,23 +5,10 @@ from .jobs import read_fields
 from .vector import F32, I64, fill
 
 ROUTE = (
-    *(
-        "logits",
-        "stride",
-        "experts",
-        "used",
-        "n",
-        "n_prompt",
-        "normalized",
-        "sigmoid",
-        "scale",
-        "bias",
-        "scores",
-    ),
-    *("chosen", "weights", "order", "place", "groups", "size", "counts"),
+    *("logits", "stride", "experts", "used", "n", "n_prompt", "normalized", "sigmoid", "scale", "bias"),
+    *("scores", "chosen", "weights", "order", "place", "groups", "size", "counts"),
 )
 GROUP = ("expert", "first", "prompt", "count")
-WEIGH_ROWS = ("x", "stride", "columns", "logits", "logits_stride", "n")
 LARGEST = 3.4028234663852886e38  # of all float32
 
 
@@ -167,21 +154,3 @@ def _sort(v, f):
         place = count_up(chosen(a), 0)
         v.store(v.add(f["order"], v.mul(place, 8)), a, 8)
         v.store(v.add(f["place"], v.mul(a, 8)), place, 8)
-
-
-@emitter("weigh_rows")
-def weigh_rows(v, args):
-    """Multiply each row by the sigmoid of its logit; fields WEIGH_ROWS."""
-    _, argument, me, team = args[:4]
-    f = read_fields(v, argument, WEIGH_ROWS)
-    with v.loop(me, f["n"], team) as row:
-        logit = v.load(v.add(f["logits"], v.mul(row, f["logits_stride"])), F32)
-        power = v.lane(v.exp(v.splat(v.b.fneg(logit), 16)), 0)
-        weight = v.b.fdiv(F32(1.0), v.b.fadd(F32(1.0), power))
-        x = v.add(f["x"], v.mul(row, f["stride"]))
-
-        def body(at, lanes, x=x, weight=weight):
-            there = v.add(x, v.mul(at, 4))
-            v.store(there, v.b.fmul(v.load_vector(there, lanes), v.splat(weight, lanes)), 4)
-
-        v.chunks(f["columns"], body)
